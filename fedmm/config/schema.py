@@ -1,0 +1,297 @@
+"""The configuration of a run and of a comparison, as pydantic models. Unknown keys are refused.
+
+`load.py` reads YAML, applies method presets and `key=value` overrides, and turns pydantic's complaints
+into a `ConfigError`. Names of plug-ins (objective, strategy, selection) are checked by the tables that own
+them, since this library knows neither `clients/` nor `server/`.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, field_validator, model_validator
+
+
+class Section(BaseModel):
+    """Base of every section: frozen, unknown keys refused, no silent conversion of text to numbers."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class Plugin(BaseModel):
+    """A plug-in by name (or dotted path `package.module:Name`) with its own parameters beside the name."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+    name: str
+
+    @property
+    def params(self) -> dict[str, Any]:
+        """The parameters given beside `name`."""
+        return dict(self.model_extra or {})
+
+
+class DataConfig(Section):
+    """Which data set. `root` is a folder of the user's own files; `modalities` keeps a subset, in this order."""
+
+    name: str = "avdigits"
+    preset: str | None = None
+    root: str | None = None
+    modalities: list[str] | None = None
+    samples: PositiveInt | None = None
+    params: dict[str, Any] = Field(default_factory=dict)
+
+
+class PartitionConfig(Section):
+    """How training samples are spread over clients.
+
+    Attributes:
+        name: iid, dirichlet (labels, the papers' capped form), quantity (log-normal sizes), pathological
+            (k classes a client), natural (the data set's own clients).
+        alpha: Concentration for `dirichlet`; small = skewed.
+        cap: Capped form: a client that holds more than cap x N/K samples takes no more of the later classes.
+        sigma: Standard deviation of log sizes for `quantity`.
+        classes_per_client: For `pathological`.
+    """
+
+    name: Literal["iid", "dirichlet", "quantity", "pathological", "natural"] = "dirichlet"
+    alpha: PositiveFloat = 3.0
+    cap: PositiveFloat = 1.1
+    sigma: float = Field(1.0, ge=0)
+    classes_per_client: PositiveInt = 2
+    min_samples: PositiveInt = 2
+
+    @field_validator("alpha", "cap", "sigma", mode="before")
+    @classmethod
+    def _numbers(cls, value: object) -> object:
+        return _number(value)
+
+
+class ModalityConfig(Section):
+    """Who owns what.
+
+    Attributes:
+        multimodal: Share r of clients that own all modalities: floor(rK) do; the others own one each, in turn
+            (the papers' `multi_ratio`).
+        missing: Probability that a sample of a multimodal client lacks one modality; no sample loses all.
+        heldout: "complete": validation and test samples keep every modality, as in the papers' protocol;
+            "owned": they lack what their client lacks.
+    """
+
+    multimodal: float = Field(1.0, ge=0, le=1)
+    missing: float = Field(0.0, ge=0, lt=1)
+    heldout: Literal["complete", "owned"] = "complete"
+
+    @field_validator("multimodal", "missing", mode="before")
+    @classmethod
+    def _numbers(cls, value: object) -> object:
+        return _number(value)
+
+
+class ScenarioConfig(Section):
+    """Clients, how data are spread over them, and which modalities they own."""
+
+    clients: PositiveInt = 20
+    partition: PartitionConfig = PartitionConfig()
+    modalities: ModalityConfig = ModalityConfig()
+
+    @field_validator("partition", mode="before")
+    @classmethod
+    def _short_partition(cls, value: object) -> object:
+        return {"name": value} if isinstance(value, str) else value
+
+    @field_validator("modalities", mode="before")
+    @classmethod
+    def _short_modalities(cls, value: object) -> object:
+        return {"multimodal": value} if isinstance(value, int | float) else value
+
+
+class ProjectorConfig(Section):
+    """Two-projector module of FedCMI. `depth` linear layers with ReLU between; 0 = identity."""
+
+    depth: int = Field(3, ge=0)
+    hidden: PositiveInt | None = None
+
+
+class ModelConfig(Section):
+    """The multimodal network.
+
+    Attributes:
+        encoder: "auto" picks by kind (cnn for images and spectrograms, text for hashed n-grams, mlp for
+            vectors); or one name for all, or a mapping modality -> name. Names: mlp, cnn, text, resnet18.
+        features: Width d of each encoder's output.
+        width: Hidden width of mlp/text; base channels of cnn/resnet18 (null: each encoder's default).
+        norm: Normalisation of cnn and resnet18: group, batch, none.
+        fusion: concat, sum, gated, film.
+        projector: FedCMI's projectors; null = none (a method preset switches them on).
+        unimodal_heads: One linear head a modality besides the joint head.
+    """
+
+    encoder: str | dict[str, str] = "auto"
+    features: PositiveInt = 64
+    width: PositiveInt | None = None
+    norm: Literal["group", "batch", "none"] = "group"
+    fusion: Literal["concat", "sum", "gated", "film"] = "concat"
+    projector: ProjectorConfig | None = None
+    unimodal_heads: bool = False
+
+
+class TrainConfig(Section):
+    """Local and global schedule.
+
+    Attributes:
+        lr_schedule: "constant", or "paper": lr until `lr_hold` rounds, then lr - (lr - lr_min) t / rounds.
+        clip: Clip the global gradient norm of each local step (null: off).
+    """
+
+    rounds: PositiveInt = 40
+    clients_per_round: PositiveInt = 5
+    local_epochs: PositiveInt = 2
+    batch_size: PositiveInt = 32
+    lr: PositiveFloat = 0.02
+    momentum: float = Field(0.9, ge=0, lt=1)
+    weight_decay: float = Field(1e-4, ge=0)
+    lr_schedule: Literal["constant", "paper"] = "constant"
+    lr_hold: PositiveInt = 80
+    lr_min: float = Field(1e-4, ge=0)
+    clip: PositiveFloat | None = None
+
+    @field_validator("lr", "momentum", "weight_decay", "lr_min", "clip", mode="before")
+    @classmethod
+    def _numbers(cls, value: object) -> object:
+        return _number(value)
+
+
+class EvaluateConfig(Section):
+    """Validation every `every` rounds and in the last; test once, at the end. Probes cost one pass over training data."""
+
+    every: PositiveInt = 1
+    probe: bool = True
+
+
+class PolicyConfig(Section):
+    """What the server does with bad, late and missing replies. Strict by default; every decision is recorded.
+
+    Attributes:
+        min_replies: Share of the asked clients that must contribute to a round.
+        min_owners: Clients that must contribute each trained modality before its block moves.
+        retries: How often a failed or refused client is asked again in the same round.
+        on_short: Fewer than `min_replies`: "fail" ends the run (resumable), "skip" keeps the old model for
+            this round, "accept" aggregates what came.
+        deadline_s: Seconds to wait for a round's replies (null: no limit).
+        max_update_norm: Refuse an update whose L2 distance to the sent model exceeds this (null: off).
+        quarantine_after: Refusals in a row after which a client is left out for `quarantine_rounds` (0: never).
+    """
+
+    min_replies: float = Field(1.0, gt=0, le=1)
+    min_owners: PositiveInt = 1
+    retries: int = Field(1, ge=0)
+    on_short: Literal["fail", "skip", "accept"] = "fail"
+    deadline_s: PositiveFloat | None = None
+    max_update_norm: PositiveFloat | None = None
+    quarantine_after: int = Field(0, ge=0)
+    quarantine_rounds: PositiveInt = 5
+
+    @field_validator("min_replies", "deadline_s", "max_update_norm", mode="before")
+    @classmethod
+    def _numbers(cls, value: object) -> object:
+        return _number(value)
+
+
+class EngineConfig(Section):
+    """Where clients run: inproc (this process), ray (persistent Ray workers), flower (Flower's own runtime)."""
+
+    name: Literal["inproc", "ray", "flower"] = "inproc"
+    workers: PositiveInt = 2
+
+
+class CheckpointConfig(Section):
+    """A checkpoint every `every` rounds, the newest `keep` kept."""
+
+    every: PositiveInt = 1
+    keep: PositiveInt = 2
+
+
+class FaultConfig(Section):
+    """A planned fault, for tests and drills: what the client does wrong, in which rounds, how often a round.
+
+    Attributes:
+        kind: nan, shape, dtype, zero_samples, missing_block, duplicate, stale, raise, kill (SIGKILL the worker).
+        clients: Partition indices; null = every client.
+        rounds: Rounds (from 1); null = every round.
+        attempts: Faulty attempts a round; later attempts of that round behave.
+    """
+
+    kind: Literal["nan", "shape", "dtype", "zero_samples", "missing_block", "duplicate", "stale", "raise", "kill"]
+    clients: list[int] | None = None
+    rounds: list[int] | None = None
+    attempts: PositiveInt = 1
+
+
+def _plugin(value: object) -> object:
+    return {"name": value} if isinstance(value, str) else value
+
+
+def _number(value: object) -> object:
+    """Accept an int where a float is meant (YAML writes 1 for 1.0), but not a bool or text."""
+    return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+class Config(Section):
+    """One run: data x scenario x model x objective x strategy x selection, and how it is trained and executed."""
+
+    method: str | None = None
+    data: DataConfig = DataConfig()
+    scenario: ScenarioConfig = ScenarioConfig()
+    model: ModelConfig = ModelConfig()
+    objective: Plugin = Plugin(name="joint")
+    strategy: Plugin = Plugin(name="fedavg")
+    selection: Plugin = Plugin(name="uniform")
+    train: TrainConfig = TrainConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    policy: PolicyConfig = PolicyConfig()
+    engine: EngineConfig = EngineConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    faults: list[FaultConfig] = Field(default_factory=list)
+    seed: int = Field(0, ge=0)
+
+    @field_validator("data", mode="before")
+    @classmethod
+    def _short_data(cls, value: object) -> object:
+        if isinstance(value, str):
+            name, _, preset = value.partition(":")
+            return {"name": name, "preset": preset or None}
+        return value
+
+    @field_validator("objective", "strategy", "selection", "engine", mode="before")
+    @classmethod
+    def _short_plugin(cls, value: object) -> object:
+        return _plugin(value)
+
+    @model_validator(mode="after")
+    def _enough_clients(self) -> Config:
+        if self.train.clients_per_round > self.scenario.clients:
+            raise ValueError(
+                f"train.clients_per_round is {self.train.clients_per_round}, but scenario.clients is only "
+                f"{self.scenario.clients}; lower the first or raise the second"
+            )
+        return self
+
+
+class CompareConfig(Section):
+    """A comparison: settings x methods x seeds over one base configuration.
+
+    Attributes:
+        methods: Label -> overrides on the base (nested mapping); a plain preset name stands for `{method: name}`.
+        settings: Label -> overrides on the base, e.g. another data set; one unnamed setting by default.
+        seeds: Seeds; every method and setting uses the same ones.
+        baseline: Method that paired differences are taken against.
+        references: Reference lines to compute besides the methods.
+        base: The configuration that the overrides change, as read (not yet validated).
+    """
+
+    methods: dict[str, dict[str, Any]]
+    settings: dict[str, dict[str, Any]] = Field(default_factory=lambda: {"default": {}})
+    seeds: list[int]
+    baseline: str
+    references: list[Literal["majority", "local", "centralised", "unimodal"]] = Field(default_factory=list)
+    base: dict[str, Any] = Field(default_factory=dict)

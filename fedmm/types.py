@@ -1,0 +1,145 @@
+"""The values that every part of fedmm exchanges. Shapes: B batch, N samples, K clients, C classes, d features."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+Tensors: TypeAlias = dict[str, Tensor]
+"""Named tensors: a model's state, an objective's state, a report."""
+
+Kind: TypeAlias = Literal["image", "spectrogram", "text", "vector"]
+
+
+@dataclass(frozen=True)
+class ModalitySpec:
+    """What one modality looks like.
+
+    Attributes:
+        kind: Picks the default encoder. "image" and "spectrogram" are [channels, height, width];
+            "text" is a bag of hashed n-grams [buckets]; "vector" is [features].
+        shape: Shape of one sample.
+    """
+
+    kind: Kind
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A pooled multimodal data set, split by unit, before it is spread over clients.
+
+    Attributes:
+        name: "avdigits:imbalanced", for instance.
+        specs: Modality name -> spec, in the order that fixes slots (first = modality 1).
+        classes: Class names; labels index it.
+        x: Modality -> float32 array [N, *shape].
+        y: Labels, int64 [N].
+        split: 0 train, 1 validation, 2 test, int8 [N]. No unit is in two splits.
+        unit: The unit (speaker, subject, code point ...) that a sample belongs to, int64 [N].
+        present: Modality -> bool [N]; False where the source itself lacks the modality. An absent sample's
+            `x` is never read.
+        natural: Natural client of each sample, int64 [N], or None. -1 = belongs to no natural client.
+        natural_names: Name of each natural client.
+        sha256: Hash of the arrays, for the manifest.
+    """
+
+    name: str
+    specs: dict[str, ModalitySpec]
+    classes: tuple[str, ...]
+    x: dict[str, npt.NDArray[np.float32]]
+    y: npt.NDArray[np.int64]
+    split: npt.NDArray[np.int8]
+    unit: npt.NDArray[np.int64]
+    present: dict[str, npt.NDArray[np.bool_]]
+    natural: npt.NDArray[np.int64] | None = None
+    natural_names: tuple[str, ...] = ()
+    sha256: str = ""
+
+    @property
+    def modalities(self) -> tuple[str, ...]:
+        """Modality names, in slot order."""
+        return tuple(self.specs)
+
+
+SPLITS = {"train": 0, "val": 1, "test": 2}
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What a model and an objective see of B samples.
+
+    Attributes:
+        x: Modality -> float tensor [B, *shape]. A modality that the client does not own, or was told not to
+            train, has no entry.
+        present: Modality -> bool [B], same keys as `x`. Rows of `x` with False are never read.
+        y: Labels, int64 [B].
+        index: Row of each sample in the client's training data, int64 [B]; addresses per-sample state.
+    """
+
+    x: Tensors
+    present: Tensors
+    y: Tensor
+    index: Tensor
+
+
+@dataclass(frozen=True)
+class ClientData:
+    """One split of one client as tensors; a modality that the client does not own has no entry."""
+
+    x: Tensors
+    present: Tensors
+    y: Tensor
+    classes: int
+
+    def __len__(self) -> int:
+        return int(self.y.shape[0])
+
+    @property
+    def modalities(self) -> tuple[str, ...]:
+        """Owned modalities, in slot order."""
+        return tuple(self.x)
+
+    def batch(self, index: Tensor | None = None) -> Batch:
+        """Rows `index` (int64 [B]; all rows by default) as a batch."""
+        if index is None:
+            return Batch(self.x, self.present, self.y, torch.arange(len(self)))
+        return Batch(
+            {m: x[index] for m, x in self.x.items()},
+            {m: p[index] for m, p in self.present.items()},
+            self.y[index],
+            index,
+        )
+
+    def only(self, modalities: Sequence[str]) -> ClientData:
+        """The same samples without the other modalities."""
+        return ClientData(
+            {m: x for m, x in self.x.items() if m in modalities},
+            {m: p for m, p in self.present.items() if m in modalities},
+            self.y,
+            self.classes,
+        )
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """What a multimodal model returns for a batch.
+
+    Attributes:
+        logits: Fused prediction [B, C].
+        features: Modality -> encoder output h^m [B, d], zero where absent. Given modalities only.
+        modality_logits: Modality -> logits of its own head [B, C]; empty for models without own heads.
+        infiltration_logits: Modality -> logits of the own head on the infiltration feature [B, C]; empty for
+            models without projectors.
+    """
+
+    logits: Tensor
+    features: Tensors
+    modality_logits: Tensors = field(default_factory=dict)
+    infiltration_logits: Tensors = field(default_factory=dict)
