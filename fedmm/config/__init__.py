@@ -1,0 +1,1 @@
+"""Configuration: the schema, method presets, and how files and `key=value` overrides become a `Config`."""

@@ -7,15 +7,25 @@ them, since this library knows neither `clients/` nor `server/`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PositiveFloat,
+    PositiveInt,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 
 class Section(BaseModel):
-    """Base of every section: frozen, unknown keys refused, no silent conversion of text to numbers."""
+    """Base of every section: frozen, unknown keys refused, numbers finite, text never converted to numbers."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class Plugin(BaseModel):
@@ -28,6 +38,33 @@ class Plugin(BaseModel):
     def params(self) -> dict[str, Any]:
         """The parameters given beside `name`."""
         return dict(self.model_extra or {})
+
+
+def _short_name(value: object) -> object:
+    return {"name": value} if isinstance(value, str) else value
+
+
+def _short_data(value: object) -> object:
+    if isinstance(value, str):
+        name, _, preset = value.partition(":")
+        return {"name": name, "preset": preset or None}
+    return value
+
+
+def _short_modalities(value: object) -> object:
+    return {"multimodal": value} if isinstance(value, int | float) else value
+
+
+SHORTHANDS: dict[str, Callable[[object], object]] = {
+    "data": _short_data,
+    "scenario.partition": _short_name,
+    "scenario.modalities": _short_modalities,
+    "objective": _short_name,
+    "strategy": _short_name,
+    "selection": _short_name,
+    "engine": _short_name,
+}
+"""Sections that may be written as one value: config path -> the mapping that the value stands for."""
 
 
 class DataConfig(Section):
@@ -56,14 +93,9 @@ class PartitionConfig(Section):
     name: Literal["iid", "dirichlet", "quantity", "pathological", "natural"] = "dirichlet"
     alpha: PositiveFloat = 3.0
     cap: PositiveFloat = 1.1
-    sigma: float = Field(1.0, ge=0)
+    sigma: float = Field(default=1.0, ge=0)
     classes_per_client: PositiveInt = 2
     min_samples: PositiveInt = 2
-
-    @field_validator("alpha", "cap", "sigma", mode="before")
-    @classmethod
-    def _numbers(cls, value: object) -> object:
-        return _number(value)
 
 
 class ModalityConfig(Section):
@@ -77,14 +109,9 @@ class ModalityConfig(Section):
             "owned": they lack what their client lacks.
     """
 
-    multimodal: float = Field(1.0, ge=0, le=1)
-    missing: float = Field(0.0, ge=0, lt=1)
+    multimodal: float = Field(default=1.0, ge=0, le=1)
+    missing: float = Field(default=0.0, ge=0, lt=1)
     heldout: Literal["complete", "owned"] = "complete"
-
-    @field_validator("multimodal", "missing", mode="before")
-    @classmethod
-    def _numbers(cls, value: object) -> object:
-        return _number(value)
 
 
 class ScenarioConfig(Section):
@@ -94,22 +121,25 @@ class ScenarioConfig(Section):
     partition: PartitionConfig = PartitionConfig()
     modalities: ModalityConfig = ModalityConfig()
 
-    @field_validator("partition", mode="before")
+    @field_validator("partition", "modalities", mode="before")
     @classmethod
-    def _short_partition(cls, value: object) -> object:
-        return {"name": value} if isinstance(value, str) else value
-
-    @field_validator("modalities", mode="before")
-    @classmethod
-    def _short_modalities(cls, value: object) -> object:
-        return {"multimodal": value} if isinstance(value, int | float) else value
+    def _shorthand(cls, value: object, info: ValidationInfo) -> object:
+        return SHORTHANDS[f"scenario.{info.field_name}"](value)
 
 
 class ProjectorConfig(Section):
-    """Two-projector module of FedCMI. `depth` linear layers with ReLU between; 0 = identity."""
+    """Two-projector module of FedCMI.
 
-    depth: int = Field(3, ge=0)
+    Attributes:
+        depth: Linear layers with ReLU between; 0 = identity.
+        hidden: Width between them (null: the features' width d).
+        fill: What stands in for an absent modality at the fusion: the infiltration feature of what is present,
+            or zeros (ablation).
+    """
+
+    depth: int = Field(default=3, ge=0)
     hidden: PositiveInt | None = None
+    fill: Literal["infiltration", "zero"] = "infiltration"
 
 
 class ModelConfig(Section):
@@ -148,24 +178,26 @@ class TrainConfig(Section):
     local_epochs: PositiveInt = 2
     batch_size: PositiveInt = 32
     lr: PositiveFloat = 0.02
-    momentum: float = Field(0.9, ge=0, lt=1)
-    weight_decay: float = Field(1e-4, ge=0)
+    momentum: float = Field(default=0.9, ge=0, lt=1)
+    weight_decay: float = Field(default=1e-4, ge=0)
     lr_schedule: Literal["constant", "paper"] = "constant"
     lr_hold: PositiveInt = 80
-    lr_min: float = Field(1e-4, ge=0)
+    lr_min: float = Field(default=1e-4, ge=0)
     clip: PositiveFloat | None = None
-
-    @field_validator("lr", "momentum", "weight_decay", "lr_min", "clip", mode="before")
-    @classmethod
-    def _numbers(cls, value: object) -> object:
-        return _number(value)
 
 
 class EvaluateConfig(Section):
-    """Validation every `every` rounds and in the last; test once, at the end. Probes cost one pass over training data."""
+    """Validation every `every` rounds and in the last; test once, at the end.
+
+    Attributes:
+        every: Rounds between validations.
+        probe: Fit a linear probe a modality on the encoders' training features, at the end.
+        choose: Which model meets the test data: "last", or the one of the "best" validation accuracy.
+    """
 
     every: PositiveInt = 1
     probe: bool = True
+    choose: Literal["last", "best"] = "last"
 
 
 class PolicyConfig(Section):
@@ -182,19 +214,14 @@ class PolicyConfig(Section):
         quarantine_after: Refusals in a row after which a client is left out for `quarantine_rounds` (0: never).
     """
 
-    min_replies: float = Field(1.0, gt=0, le=1)
+    min_replies: float = Field(default=1.0, gt=0, le=1)
     min_owners: PositiveInt = 1
-    retries: int = Field(1, ge=0)
+    retries: int = Field(default=1, ge=0)
     on_short: Literal["fail", "skip", "accept"] = "fail"
     deadline_s: PositiveFloat | None = None
     max_update_norm: PositiveFloat | None = None
-    quarantine_after: int = Field(0, ge=0)
+    quarantine_after: int = Field(default=0, ge=0)
     quarantine_rounds: PositiveInt = 5
-
-    @field_validator("min_replies", "deadline_s", "max_update_norm", mode="before")
-    @classmethod
-    def _numbers(cls, value: object) -> object:
-        return _number(value)
 
 
 class EngineConfig(Section):
@@ -227,15 +254,6 @@ class FaultConfig(Section):
     attempts: PositiveInt = 1
 
 
-def _plugin(value: object) -> object:
-    return {"name": value} if isinstance(value, str) else value
-
-
-def _number(value: object) -> object:
-    """Accept an int where a float is meant (YAML writes 1 for 1.0), but not a bool or text."""
-    return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
-
-
 class Config(Section):
     """One run: data x scenario x model x objective x strategy x selection, and how it is trained and executed."""
 
@@ -252,20 +270,12 @@ class Config(Section):
     engine: EngineConfig = EngineConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     faults: list[FaultConfig] = Field(default_factory=list)
-    seed: int = Field(0, ge=0)
+    seed: int = Field(default=0, ge=0)
 
-    @field_validator("data", mode="before")
+    @field_validator("data", "objective", "strategy", "selection", "engine", mode="before")
     @classmethod
-    def _short_data(cls, value: object) -> object:
-        if isinstance(value, str):
-            name, _, preset = value.partition(":")
-            return {"name": name, "preset": preset or None}
-        return value
-
-    @field_validator("objective", "strategy", "selection", "engine", mode="before")
-    @classmethod
-    def _short_plugin(cls, value: object) -> object:
-        return _plugin(value)
+    def _shorthand(cls, value: object, info: ValidationInfo) -> object:
+        return SHORTHANDS[str(info.field_name)](value)
 
     @model_validator(mode="after")
     def _enough_clients(self) -> Config:
@@ -287,11 +297,13 @@ class CompareConfig(Section):
         baseline: Method that paired differences are taken against.
         references: Reference lines to compute besides the methods.
         base: The configuration that the overrides change, as read (not yet validated).
+        overrides: From the command line; they win over base, settings and methods.
     """
 
     methods: dict[str, dict[str, Any]]
-    settings: dict[str, dict[str, Any]] = Field(default_factory=lambda: {"default": {}})
+    settings: dict[str, dict[str, Any]] = Field(default={"default": {}})
     seeds: list[int]
     baseline: str
     references: list[Literal["majority", "local", "centralised", "unimodal"]] = Field(default_factory=list)
     base: dict[str, Any] = Field(default_factory=dict)
+    overrides: dict[str, Any] = Field(default_factory=dict)
