@@ -1,0 +1,35 @@
+"""Local methods. One table; a stranger's objective by dotted path `package.module:Name`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+
+from fedmm.config.schema import Plugin
+from fedmm.objectives.base import Objective
+from fedmm.objectives.infiltration import Infiltration
+from fedmm.objectives.joint import Auxiliary, Joint, Prox
+from fedmm.objectives.prototypes import Prototypes
+from fedmm.plugins import build
+
+OBJECTIVES: Mapping[str, type[Objective]] = MappingProxyType(
+    {
+        "joint": Joint,
+        "prox": Prox,
+        "auxiliary": Auxiliary,
+        "infiltration": Infiltration,
+        "prototypes": Prototypes,
+    }
+)
+
+
+def build_objective(plugin: Plugin) -> Objective:
+    """The objective that a configuration names.
+
+    Raises:
+        ConfigError: Unknown name or parameter, or a value of the wrong type.
+    """
+    return build("objective", plugin, OBJECTIVES, Objective)
+
+
+__all__ = ["OBJECTIVES", "Objective", "build_objective"]

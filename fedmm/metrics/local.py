@@ -1,0 +1,164 @@
+"""What one client measures on its own data: sums and counts that merge over clients into the pooled figure.
+
+All functions run the model in evaluation mode without gradients and leave its mode as it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fedmm.models.multimodal import MultimodalModel
+from fedmm.types import ClientData, Outputs, Tensors
+
+_CHUNK = 512
+
+
+@torch.no_grad()
+def predict(model: MultimodalModel, data: ClientData) -> Outputs:
+    """Outputs for all N samples of a client, computed in chunks (evaluation mode)."""
+    training = model.training
+    model.eval()
+    parts = []
+    for rows in torch.arange(len(data)).split(_CHUNK):
+        batch = data.batch(rows)
+        parts.append(model(batch.x, batch.present))
+    model.train(training)
+    return Outputs(
+        torch.cat([p.logits for p in parts]),
+        {m: torch.cat([p.features[m] for p in parts]) for m in parts[0].features},
+        {m: torch.cat([p.modality_logits[m] for p in parts]) for m in parts[0].modality_logits},
+        {m: torch.cat([p.infiltration_logits[m] for p in parts]) for m in parts[0].infiltration_logits},
+    )
+
+
+def class_sums(features: Tensor, present: Tensor, y: Tensor, classes: int) -> tuple[Tensor, Tensor]:
+    """Per-class sum of features [C, d] (float64) and count of samples [C] (float64) that have the modality."""
+    rows = torch.where(present.unsqueeze(1), features, 0.0).to(torch.float64)
+    total = torch.zeros(classes, features.shape[1], dtype=torch.float64).index_add_(0, y, rows)
+    count = torch.zeros(classes, dtype=torch.float64).index_add_(0, y, present.to(torch.float64))
+    return total, count
+
+
+def prototypes(model: MultimodalModel, data: ClientData) -> Tensors:
+    """Class prototypes as sums and counts, and the hits of nearest-prototype classification on the same data.
+
+    Returns:
+        For each owned modality m: "prototype_sum.m" [C, d], "prototype_count.m" [C], and "hits.m", "shown.m"
+        (scalars): samples classified right by the client's own nearest prototype, and samples that have m. Source:
+        BMSFed, imbalance ratio b_k = acc_1 / acc_2.
+    """
+    features = predict(model, data).features
+    report: Tensors = {}
+    for m, h in features.items():
+        total, count = class_sums(h, data.present[m], data.y, data.classes)
+        centres = total / count.clamp(min=1).unsqueeze(1)
+        distance = torch.cdist(h.to(torch.float64), centres)
+        nearest = torch.where(count > 0, distance, torch.inf).argmin(1)
+        report[f"prototype_sum.{m}"], report[f"prototype_count.{m}"] = total, count
+        report[f"hits.{m}"] = ((nearest == data.y) & data.present[m]).sum().to(torch.float64)
+        report[f"shown.{m}"] = data.present[m].sum().to(torch.float64)
+    return report
+
+
+def confidence(model: MultimodalModel, data: ClientData) -> Tensors:
+    """Sum of true-class probabilities of each modality's own head over samples that have all owned modalities.
+
+    Returns:
+        "confidence.m" and "confidence_count.m" (scalars) for each owned modality; empty without own heads or with a
+        single modality. Source: FedCMI's s^m, summed for the federation-wide decision (`round_global`).
+    """
+    logits = predict(model, data).modality_logits
+    if len(logits) < 2:
+        return {}
+    complete = torch.stack([data.present[m] for m in logits]).all(0)
+    report: Tensors = {}
+    for m, o in logits.items():
+        truth = F.softmax(o.to(torch.float64), 1).gather(1, data.y.unsqueeze(1)).squeeze(1)
+        report[f"confidence.{m}"] = torch.where(complete, truth, 0.0).sum()
+        report[f"confidence_count.{m}"] = complete.sum().to(torch.float64)
+    return report
+
+
+def moments(model: MultimodalModel, data: ClientData) -> Tensors:
+    """Second moments of [h^m, 1] and its products with one-hot labels: enough for the pooled linear probe.
+
+    Returns:
+        "gram.m" [d+1, d+1] and "cross.m" [d+1, C], float64, over samples that have m.
+    """
+    report: Tensors = {}
+    for m, h in predict(model, data).features.items():
+        rows = data.present[m]
+        design = torch.cat([h, torch.ones(len(h), 1)], 1).to(torch.float64)[rows]
+        report[f"gram.{m}"] = design.T @ design
+        report[f"cross.{m}"] = design.T @ F.one_hot(data.y[rows], data.classes).to(torch.float64)
+    return report
+
+
+def solve_probe(gram: Tensor, cross: Tensor, ridge: float = 1e-3) -> Tensor:
+    """Ridge regression of one-hot labels on [h, 1]: probe weights [d+1, C] from pooled moments.
+
+    Args:
+        gram: Sum of outer products [d+1, d+1].
+        cross: Sum of products with one-hot labels [d+1, C].
+        ridge: Penalty relative to the mean feature variance; the bias is free.
+    """
+    d = gram.shape[0] - 1
+    penalty = torch.full((d + 1,), float(ridge * (gram[:d, :d].diagonal().mean() + 1e-12)), dtype=gram.dtype)
+    penalty[d] = 1e-9 * (gram[d, d] + 1e-12)
+    return torch.linalg.solve(gram + torch.diag(penalty), cross)
+
+
+@torch.no_grad()
+def evaluate(model: MultimodalModel, data: ClientData, probes: Tensors) -> Tensors:
+    """Confusion counts and feature statistics of one split; merge over clients by adding.
+
+    Args:
+        model: The global model.
+        data: The client's validation or test split.
+        probes: "probe.m" [d+1, C] for linear-probe accuracy, or empty.
+
+    Returns:
+        "confusion" [C, C] (rows: truth) of the fused prediction, "loss" (sum of cross-entropies), "count"; for each
+        modality "masked.m" (fused prediction with all others absent), "head.m" (own head, if any), "probe.m" (if
+        given), each [C, C], and "feature_sum.m", "feature_square.m" [d], "feature_count.m" (all float64).
+    """
+    out = predict(model, data)
+    report = {
+        "confusion": confusion(out.logits, data.y, data.classes),
+        "loss": F.cross_entropy(out.logits.to(torch.float64), data.y, reduction="sum"),
+        "count": torch.tensor(float(len(data)), dtype=torch.float64),
+    }
+    training = model.training
+    model.eval()
+    for m, h in out.features.items():
+        here = data.present[m]
+        alone = model.decide({m: h}, {m: here}).logits
+        report[f"masked.{m}"] = confusion(alone[here], data.y[here], data.classes)
+        if m in out.modality_logits:
+            report[f"head.{m}"] = confusion(out.modality_logits[m][here], data.y[here], data.classes)
+        if f"probe.{m}" in probes:
+            w = probes[f"probe.{m}"]
+            scores = h.to(torch.float64) @ w[:-1] + w[-1]
+            report[f"probe.{m}"] = confusion(scores[here], data.y[here], data.classes)
+        shown = h[here].to(torch.float64)
+        report[f"feature_sum.{m}"], report[f"feature_square.{m}"] = shown.sum(0), shown.square().sum(0)
+        report[f"feature_count.{m}"] = here.sum().to(torch.float64)
+    model.train(training)
+    return report
+
+
+def confusion(scores: Tensor, y: Tensor, classes: int) -> Tensor:
+    """Counts [C, C] of (truth, prediction by the largest score), float64."""
+    cells = torch.bincount(y * classes + scores.argmax(1), minlength=classes * classes)
+    return cells.reshape(classes, classes).to(torch.float64)
+
+
+STATISTICS: Mapping[str, Callable[[MultimodalModel, ClientData], Tensors]] = MappingProxyType(
+    {"prototypes": prototypes, "confidence": confidence, "moments": moments}
+)
+"""Statistics that a server may ask of a client besides its update."""

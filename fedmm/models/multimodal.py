@@ -1,0 +1,131 @@
+"""The multimodal network: encoders -> (projectors) -> fusion -> heads, for any number of modalities.
+
+Absent modalities: a modality without an entry in `x` is absent from the whole batch, one with `present` False is
+absent from that sample. Neither is ever read. Their half of the fusion is zero, or, behind two projectors, the
+mean infiltration feature of what the sample does have (FedCMI's stand-in: out = F([z_S^1; z_I^1])).
+"""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from fedmm import seeding
+from fedmm.config.schema import ModelConfig
+from fedmm.errors import ConfigError
+from fedmm.models.blocks import block_of
+from fedmm.models.encoders import build_encoder
+from fedmm.models.fusion import FUSIONS
+from fedmm.models.projectors import two_projectors
+from fedmm.types import ModalitySpec, Outputs, Tensors
+
+
+class MultimodalModel(nn.Module):
+    """One encoder a modality, optional two-projector modules, a fusion and linear heads.
+
+    Args:
+        specs: Modality -> spec, in slot order. Names must not contain a dot (they are part of block names).
+        classes: Number of classes C.
+        config: Shapes and switches.
+
+    Raises:
+        ConfigError: Unknown encoder, unreadable shape, or an unusable modality name.
+    """
+
+    def __init__(self, specs: dict[str, ModalitySpec], classes: int, config: ModelConfig) -> None:
+        super().__init__()
+        for m in specs:
+            if "." in m or m == "joint" or not m:
+                raise ConfigError(f'"{m}" cannot name a modality', where="data", remedy='avoid dots and "joint"')
+        self.modalities = tuple(specs)
+        d = config.features
+        names = config.encoder if isinstance(config.encoder, dict) else dict.fromkeys(specs, config.encoder)
+        if unknown := set(names) - set(specs):
+            raise ConfigError(f"no such modality: {', '.join(sorted(unknown))}", where="model.encoder")
+        self.encoder = nn.ModuleDict(
+            {m: build_encoder(names.get(m, "auto"), spec, d, config.width, config.norm) for m, spec in specs.items()}
+        )
+        self.fill = config.projector.fill if config.projector else "zero"
+        self.projector = nn.ModuleDict(
+            {m: two_projectors(d, config.projector.depth, config.projector.hidden) for m in specs}
+            if config.projector
+            else {}
+        )
+        self.fusion = FUSIONS[config.fusion](self.modalities, d)
+        self.head = nn.ModuleDict({"joint": nn.Linear(self.fusion.width, classes)})
+        if config.unimodal_heads:
+            self.head.update({m: nn.Linear(d, classes) for m in specs})
+
+    def encode(self, x: Tensors, present: Tensors) -> Tensors:
+        """h^m = phi^m(x^m) [B, d] of each modality in `x`; zero in rows where it is absent."""
+        features = {}
+        for m in x:
+            row = present[m].reshape(-1, *[1] * (x[m].dim() - 1))
+            h = self.encoder[m](torch.where(row, x[m], 0.0))
+            features[m] = torch.where(present[m].unsqueeze(1), h, 0.0)
+        return features
+
+    def decide(self, features: Tensors, present: Tensors) -> Outputs:
+        """Fused and own-head logits [B, C] from encoder features; modalities without features count as absent."""
+        mask = {m: present[m].unsqueeze(1).to(h.dtype) for m, h in features.items()}
+        own: Tensors = dict(features)
+        infiltration: Tensors = {}
+        if self.projector:
+            pairs = {m: cast(nn.ModuleDict, self.projector[m]) for m in features}
+            own = {m: mask[m] * pairs[m]["self"](h) for m, h in features.items()}
+            infiltration = {m: mask[m] * pairs[m]["infiltration"](h) for m, h in features.items()}
+        logits = self.head["joint"](self._fuse(own, infiltration, mask))
+        if len(self.head) == 1:
+            return Outputs(logits, features)
+        return Outputs(
+            logits,
+            features,
+            {m: self.head[m](z) for m, z in own.items()},
+            {m: self.head[m](z) for m, z in infiltration.items()},
+        )
+
+    def forward(self, x: Tensors, present: Tensors) -> Outputs:
+        """Logits and features of a batch; see `Batch` for shapes."""
+        return self.decide(self.encode(x, present), present)
+
+    def _fuse(self, own: Tensors, infiltration: Tensors, mask: Tensors) -> Tensor:
+        some = next(iter(own.values()))
+        nothing, absent = torch.zeros_like(some), torch.zeros_like(some[:, :1])
+        mask = {m: mask.get(m, absent) for m in self.modalities}
+        parts = {m: own.get(m, nothing) for m in self.modalities}
+        # A client that owns everything has no hole to fill unless single samples lack something: then the
+        # masks below decide, so that no branch depends on data.
+        if infiltration and self.fill == "infiltration":
+            count = torch.stack([mask[m] for m in infiltration]).sum(0).clamp(min=1)
+            stand_in = torch.stack(list(infiltration.values())).sum(0) / count
+            parts = {m: z + (1 - mask[m]) * stand_in for m, z in parts.items()}
+            mask = dict.fromkeys(mask, torch.ones_like(absent))
+        return cast(Tensor, self.fusion(parts, mask))
+
+
+def build_model(specs: dict[str, ModalitySpec], classes: int, config: ModelConfig, seed: int) -> MultimodalModel:
+    """A model whose every tensor is drawn from its own stream, so that equal blocks start equal in any model.
+
+    Kaiming-normal (fan-out) convolutions, Xavier-normal linear layers, zero biases, unit norms (the papers'
+    initialisation).
+    """
+    with torch.device("meta"):
+        skeleton = MultimodalModel(specs, classes, config)
+    model = skeleton.to_empty(device="cpu")
+    for path, module in model.named_modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            generator = seeding.torch_rng(seed, f"init/{path}")
+            with torch.no_grad():
+                if isinstance(module, nn.Conv2d):
+                    nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu", generator=generator)
+                else:
+                    nn.init.xavier_normal_(module.weight, generator=generator)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.GroupNorm | nn.BatchNorm2d):
+            module.reset_parameters()
+    for name in model.state_dict():
+        block_of(name)
+    return model

@@ -1,0 +1,85 @@
+"""What a client minimises: the contract of a local method, free of Flower and of the server.
+
+Life of an objective in one round, on one client:
+
+    state = begin(model, data, broadcast)            once; `model` holds the received global weights
+    for each batch:
+        for loss in losses(model, batch, state):     one optimiser step each
+            gradients = edit_gradients(gradients of loss, parameters, state)
+    report = end(model, data, state)                 once; sums and counts for the server
+
+Two rules carry everything else:
+
+1. No Python branch in `losses` may depend on data. Choose with masks and `torch.where`: then many clients train
+   as one batched computation. Branching on which modalities a batch has is fine: it is fixed for a client.
+2. State is tensors keyed by name: it can be stacked over clients, checkpointed and sent. Tensors whose name begins
+   with "sample." have one row a training sample and are addressed with `batch.index`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from fedmm.models.blocks import modality_of
+from fedmm.models.multimodal import MultimodalModel
+from fedmm.types import Batch, ClientData, Tensors
+
+
+@dataclass(frozen=True)
+class Objective:
+    """Base of all local methods: subclasses are frozen dataclasses whose fields are the hyper-parameters.
+
+    Class attributes:
+        needs: Server knowledge that must be broadcast ("prototypes", "confidence"); see `server/knowledge.py`.
+        requires: Model parts that must exist ("projector", "unimodal_heads").
+        least_modalities: Fewest modalities for which the method means anything.
+    """
+
+    needs: ClassVar[frozenset[str]] = frozenset()
+    requires: ClassVar[frozenset[str]] = frozenset()
+    least_modalities: ClassVar[int] = 1
+
+    def knowledge(self) -> frozenset[str]:
+        """Server knowledge wanted with these hyper-parameters."""
+        return self.needs
+
+    def begin(self, model: MultimodalModel, data: ClientData, broadcast: Tensors) -> Tensors:
+        """State of this round. `broadcast` has "round" (int64 scalar, from 0) and the server's knowledge."""
+        return {}
+
+    def losses(self, model: MultimodalModel, batch: Batch, state: Tensors) -> tuple[Tensor, ...]:
+        """Scalar losses of a batch, one optimiser step each."""
+        raise TypeError(f"{type(self).__name__} defines no losses")
+
+    def edit_gradients(self, gradients: Tensors, parameters: Tensors, state: Tensors) -> Tensors:
+        """Change the gradients of one step; a pure function of named tensors."""
+        return gradients
+
+    def end(self, model: MultimodalModel, data: ClientData, state: Tensors) -> Tensors:
+        """Sums and counts to report to the server with the update."""
+        return {}
+
+    def trained_blocks(self, blocks: Iterable[str], modalities: Sequence[str]) -> tuple[str, ...]:
+        """Blocks that a client moves when it trains `modalities`; the others are not sent and carry no weight."""
+        return tuple(b for b in blocks if modality_of(b) is None or modality_of(b) in modalities)
+
+
+def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
+    """Mean of `values` [B] where `mask` [B] is True; 0 where it is nowhere True. Exactly 0 gradient elsewhere."""
+    weight = mask.to(values.dtype)
+    return torch.where(mask, values, 0.0).sum() / weight.sum().clamp(min=1)
+
+
+def anchor(model: MultimodalModel) -> Tensors:
+    """Copies of the received parameters, as state for the proximal term."""
+    return {f"anchor.{name}": p.detach().clone() for name, p in model.named_parameters()}
+
+
+def proximal(gradients: Tensors, parameters: Tensors, state: Tensors, mu: float) -> Tensors:
+    """Add the gradient of (mu/2) ||w - w_hat||^2, mu (w - w_hat), to every trained tensor (FedProx, Li et al., 2020)."""
+    return {n: g + mu * (parameters[n] - state[f"anchor.{n}"]) for n, g in gradients.items()}

@@ -1,0 +1,190 @@
+"""FedCMI: Balanced Multi-modal Federated Learning via Cross-Modal Infiltration (Fan et al., arXiv 2401.00894).
+
+The global dominant modality teaches the weak one through a second projector, so that what is specific to the weak
+modality survives in its self projector.
+
+    h = phi(x);  z_S = S(h);  z_I = I(h);  o_S = H(z_S);  o_I = H(z_I);  out = F([z_S^1; ...; z_S^M])
+    L = CE(out, y) + lambda_self sum_m CE(o_S^m, y) + lambda_cmi L_CMI + (mu/2) ||w - w_hat||^2
+    L_CMI = - mean_i sum_c q_ic log p_ic,   q_i = softmax(o_hat_S^D(x_i^D) / tau_y),  p_i = softmax(o_I^W(x_i^W) / tau_y)
+
+o_hat: the received global model, frozen. D: the dominant modality, by the larger true-class probability, of the batch
+under the local model (`batch_local`) or of the federation under the global model (`round_global`). Every other
+modality is a student W. Class-wise temperature, from the received model on the local data before training:
+
+    s_c^m = mean of softmax(o_S^m)_c over samples of class c;  r_c = s_c^1 / s_c^2;  r_bar = mean_c r_c
+    R_c = r_c / r_bar if 1 dominates (r_bar > 1), else r_bar / r_c;  tau_c = 1 / (1 + kappa ln R_c) if R_c > 1, else 1
+
+Samples with a single modality (and uni-modal clients) train CE(out, y) alone, the infiltration feature filling the
+hole (see `MultimodalModel`).
+
+State: teacher logits of every sample, tau for each pair of modalities, the weight of L_CMI, received weights.
+Messages: none besides the model; `round_global` adds one confidence sum a modality up and one index down.
+Differences from the paper: none in the equations. More than two modalities: one dominant, all others are students.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fedmm.metrics.local import predict
+from fedmm.models.blocks import modality_of
+from fedmm.models.multimodal import MultimodalModel
+from fedmm.objectives.base import Objective, anchor, masked_mean, proximal
+from fedmm.types import Batch, ClientData, Tensors
+
+
+@dataclass(frozen=True)
+class Infiltration(Objective):
+    """FedCMI's local objective; each part can be switched off for ablation.
+
+    Attributes:
+        lambda_self: Weight of the self-branch cross-entropies (0: off).
+        lambda_cmi: Weight of the infiltration loss (0: off).
+        kappa: Steepness of the class-wise temperature.
+        warmup_rounds: First round (from 0) with infiltration.
+        prox_mu: Proximal strength (0: off).
+        dominance: Who decides which modality teaches.
+        temperature: "class_wise", or "off" for tau = 1.
+        teacher: "global" (received model, frozen) or "local" (the model in training, no gradient; ablation).
+    """
+
+    requires: ClassVar[frozenset[str]] = frozenset({"projector", "unimodal_heads"})
+    least_modalities: ClassVar[int] = 2
+    lambda_self: float = 2.0
+    lambda_cmi: float = 1.0
+    kappa: float = 2.0
+    warmup_rounds: int = 1
+    prox_mu: float = 0.0
+    dominance: Literal["batch_local", "round_global"] = "batch_local"
+    temperature: Literal["class_wise", "off"] = "class_wise"
+    teacher: Literal["global", "local"] = "global"
+
+    def knowledge(self) -> frozenset[str]:
+        """`round_global` wants the federation's confidence a modality."""
+        return frozenset({"confidence"}) if self.dominance == "round_global" else frozenset()
+
+    def begin(self, model: MultimodalModel, data: ClientData, broadcast: Tensors) -> Tensors:
+        """One pass of the received model over the local data: teacher logits and temperatures."""
+        state = anchor(model) if self.prox_mu else {}
+        names = data.modalities
+        if len(names) < 2 or not self.lambda_cmi:
+            return state
+        warm = broadcast["round"] >= self.warmup_rounds
+        state["cmi_weight"] = warm.to(torch.float32) * self.lambda_cmi
+        # -1: each batch decides. The server speaks in slots of the whole model; translate to owned slots.
+        dominant = broadcast.get("dominant", torch.tensor(-1))
+        slots = torch.tensor([model.modalities.index(m) for m in names])
+        state["dominant"] = torch.where(slots == dominant, torch.arange(len(names)), -1).max()
+        if bool(warm):
+            logits = predict(model, data).modality_logits
+        else:
+            logits = {m: torch.zeros(len(data), data.classes) for m in names}
+        state |= {f"sample.teacher.{m}": logits[m] for m in names}
+        state["tau"] = pairwise_temperature(
+            {m: F.softmax(logits[m], 1) for m in names},
+            data.present,
+            data.y,
+            data.classes,
+            self.kappa if self.temperature == "class_wise" else 0.0,
+            state["dominant"],
+        )
+        return state
+
+    def losses(self, model: MultimodalModel, batch: Batch, state: Tensors) -> tuple[Tensor, ...]:
+        """The loss of the module's text; one optimiser step."""
+        out = model(batch.x, batch.present)
+        loss = F.cross_entropy(out.logits, batch.y)
+        names = tuple(batch.x)
+        if len(names) < 2:
+            return (loss,)
+        several = torch.stack([batch.present[m] for m in names]).sum(0) > 1
+        for m in names:
+            own = F.cross_entropy(out.modality_logits[m], batch.y, reduction="none")
+            loss = loss + self.lambda_self * masked_mean(own, batch.present[m] & several)
+        if self.lambda_cmi:
+            loss = loss + state["cmi_weight"] * self._infiltrate(
+                out.modality_logits, out.infiltration_logits, batch, state
+            )
+        return (loss,)
+
+    def _infiltrate(self, own: Tensors, infiltration: Tensors, batch: Batch, state: Tensors) -> Tensor:
+        names = tuple(batch.x)
+        confidence = true_class_confidence(own, batch.present, batch.y)
+        # A tie makes the last modality dominant, as rho > 1 is strict for the first.
+        local = len(names) - 1 - confidence.flip(0).argmax()
+        dominant = torch.where(state["dominant"] >= 0, state["dominant"], local)
+        teachers = torch.stack(
+            [state[f"sample.teacher.{m}"][batch.index] if self.teacher == "global" else own[m].detach() for m in names]
+        )
+        teacher = teachers[dominant]
+        teacher_present = torch.stack([batch.present[m] for m in names])[dominant]
+        total = teacher.new_zeros(())
+        for slot, m in enumerate(names):
+            tau = state["tau"][dominant, slot][batch.y].unsqueeze(1)
+            cross = -(F.softmax(teacher / tau, 1) * F.log_softmax(infiltration[m] / tau, 1)).sum(1)
+            student = batch.present[m] & teacher_present & (dominant != slot)
+            total = total + masked_mean(cross, student)
+        return total
+
+    def edit_gradients(self, gradients: Tensors, parameters: Tensors, state: Tensors) -> Tensors:
+        """Add the proximal term, if any."""
+        return proximal(gradients, parameters, state, self.prox_mu) if self.prox_mu else gradients
+
+    def trained_blocks(self, blocks: tuple[str, ...], modalities: tuple[str, ...]) -> tuple[str, ...]:  # type: ignore[override]
+        """As the base, except that a uni-modal client does not touch its own head H^m (no self loss there)."""
+        trained = super().trained_blocks(blocks, modalities)
+        if len(modalities) > 1:
+            return trained
+        return tuple(b for b in trained if not (b.startswith("head.") and modality_of(b)))
+
+
+def true_class_confidence(logits: Tensors, present: Tensors, y: Tensor) -> Tensor:
+    """sum_i softmax(o^m)_{y_i} of each modality, [M], no gradient, over samples that have every modality given.
+
+    Restricting to complete samples keeps the ratio rho of two sums over the same samples.
+    """
+    complete = torch.stack([present[m] for m in logits]).all(0)
+    rows = [F.softmax(o.detach(), 1).gather(1, y.unsqueeze(1)).squeeze(1) for o in logits.values()]
+    return torch.stack([torch.where(complete, p, 0.0).sum() for p in rows])
+
+
+def pairwise_temperature(
+    probabilities: Tensors, present: Tensors, y: Tensor, classes: int, kappa: float, dominant: Tensor
+) -> Tensor:
+    """Class-wise temperatures tau [M, M, C] of every (teacher, student) pair of modalities.
+
+    Args:
+        probabilities: Modality -> softmax(o_S^m) [N, C] of the received model on the local training data.
+        present: Modality -> bool [N]; only samples with both modalities of a pair count.
+        y: Labels [N].
+        classes: C.
+        kappa: Steepness; 0 gives tau = 1.
+        dominant: Slot of the federation's dominant modality, or -1: then the local mean ratio r_bar decides.
+
+    Returns:
+        Entries in (0, 1], symmetric in the pair; 1 for absent classes and where the weak modality lags no more than
+        average.
+    """
+    names = tuple(probabilities)
+    tau = torch.ones(len(names), len(names), classes)
+    for a, first in enumerate(names):
+        for b in range(a + 1, len(names)):
+            both = present[first] & present[names[b]]
+            count = torch.zeros(classes).index_add(0, y, both.float())
+            s = []
+            for m in (first, names[b]):
+                truth = torch.where(both, probabilities[m].gather(1, y.unsqueeze(1)).squeeze(1), 0.0)
+                s.append((torch.zeros(classes).index_add(0, y, truth) / count.clamp(min=1)).clamp(min=1e-6))
+            here = count > 0
+            r = torch.where(here, s[0] / s[1], 1.0)
+            mean = r[here].mean() if bool(here.any()) else torch.tensor(1.0)
+            first_leads = torch.where(dominant == a, True, torch.where(dominant == b, False, mean > 1))
+            relative = torch.where(first_leads, r / mean, mean / r)
+            pair = torch.where(here & (relative > 1), 1 / (1 + kappa * relative.clamp(min=1).log()), 1.0)
+            tau[a, b] = tau[b, a] = pair
+    return tau

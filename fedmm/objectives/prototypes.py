@@ -1,0 +1,108 @@
+"""CMSFed / BMSFed: Client-wise (Balanced) Modality Selection (Fan et al., arXiv 2401.00403 v1, v2 = ECCV 2024).
+
+The local half of the method: a prototype cross-entropy lifts the weak modality (the server half, submodular
+selection of clients and modalities, is `server/selection/balanced.py`).
+
+    l_c^m(x) = - ||h^m(x) - C_c^m||_2          C_c^m: global prototype, the mean feature of class c in modality m
+    L_PCE^m  = CE(l^m, y)
+    rho      = sum_i softmax(l^1)_{y_i} / sum_i softmax(l^2)_{y_i}      of the batch; W = 2 if rho > 1 else 1
+    L        = CE(out, y) + alpha L_PCE^W      trained with all modalities
+    L        = CE(out, y) + alpha L_PCE^m      trained with modality m alone (the other halves of the fusion zero)
+
+Variant v1: L_PCE uses the client's own prototypes (of the received model), and global prototypes align the weak
+modality's features: + beta mean_i ||h^W(x_i) - C_{y_i}^W||_2. `weak: all` puts the term on every modality (the
+FedProto-style control).
+
+State: prototypes and which of them exist. Messages: prototypes down; per-class feature sums and counts up.
+Differences from the paper: 1e-12 under the root; a class without prototype is left out of the softmax; more than two
+modalities: W is the one with the smallest sum.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fedmm.metrics.local import class_sums, predict
+from fedmm.models.multimodal import MultimodalModel
+from fedmm.objectives.base import Objective, masked_mean
+from fedmm.types import Batch, ClientData, Tensors
+
+
+@dataclass(frozen=True)
+class Prototypes(Objective):
+    """CMSFed's local objective.
+
+    Attributes:
+        alpha: Weight of the prototype cross-entropy.
+        variant: "v2" (global prototypes) or "v1" (local prototypes and global alignment).
+        beta: Weight of v1's alignment.
+        weak: "batch": only the batch's weak modality; "all": every modality.
+    """
+
+    needs: ClassVar[frozenset[str]] = frozenset({"prototypes"})
+    alpha: float = 2.0
+    variant: Literal["v2", "v1"] = "v2"
+    beta: float = 1.0
+    weak: Literal["batch", "all"] = "batch"
+
+    def begin(self, model: MultimodalModel, data: ClientData, broadcast: Tensors) -> Tensors:
+        """Global prototypes [C, d] of the owned modalities, and for v1 the client's own."""
+        state = {}
+        for m in data.modalities:
+            state[f"global.{m}"] = broadcast[f"prototype.{m}"].to(torch.float32)
+            state[f"global_known.{m}"] = broadcast[f"prototype_count.{m}"] > 0
+        if self.variant == "v1":
+            features = predict(model, data).features
+            for m in data.modalities:
+                total, count = class_sums(features[m], data.present[m], data.y, data.classes)
+                state[f"local.{m}"] = (total / count.clamp(min=1).unsqueeze(1)).to(torch.float32)
+                state[f"local_known.{m}"] = count > 0
+        return state
+
+    def losses(self, model: MultimodalModel, batch: Batch, state: Tensors) -> tuple[Tensor, ...]:
+        """The loss of the module's text; one optimiser step."""
+        out = model(batch.x, batch.present)
+        source = "local" if self.variant == "v1" else "global"
+        logits = {
+            m: distance_logits(h, state[f"{source}.{m}"], state[f"{source}_known.{m}"]) for m, h in out.features.items()
+        }
+        chosen = torch.ones(len(logits)) if self.weak == "all" else weak_modality(logits, batch.present, batch.y)
+        loss = F.cross_entropy(out.logits, batch.y)
+        for slot, (m, l_m) in enumerate(logits.items()):
+            usable = batch.present[m] & state[f"{source}_known.{m}"][batch.y]
+            enhance = masked_mean(F.cross_entropy(l_m, batch.y, reduction="none"), usable)
+            loss = loss + self.alpha * chosen[slot] * enhance
+            if self.variant == "v1":
+                own = out.features[m] - state[f"global.{m}"][batch.y]
+                distance = (own.square().sum(1) + 1e-12).sqrt()
+                aligned = batch.present[m] & state[f"global_known.{m}"][batch.y]
+                loss = loss + self.beta * chosen[slot] * masked_mean(distance, aligned)
+        return (loss,)
+
+
+def distance_logits(features: Tensor, prototypes: Tensor, known: Tensor) -> Tensor:
+    """l_c(x) = -||h(x) - C_c||_2, [B, C]; classes without prototype get a logit that softmax ignores.
+
+    Args:
+        features: h [B, d].
+        prototypes: C [C, d].
+        known: Which classes have a prototype, bool [C].
+    """
+    square = (features.unsqueeze(1) - prototypes.unsqueeze(0)).square().sum(2)
+    return torch.where(known, -(square + 1e-12).sqrt(), -1e4)
+
+
+def weak_modality(logits: Tensors, present: Tensors, y: Tensor) -> Tensor:
+    """1 for the modality with the smallest sum_i softmax(l^m)_{y_i}, 0 for the others, [M], no gradient.
+
+    A single modality is always enhanced. Sums run over samples that have every modality given.
+    """
+    complete = torch.stack([present[m] for m in logits]).all(0)
+    rows = [F.softmax(o.detach(), 1).gather(1, y.unsqueeze(1)).squeeze(1) for o in logits.values()]
+    sums = torch.stack([torch.where(complete, p, 0.0).sum() for p in rows])
+    return F.one_hot(sums.argmin(), len(rows)).to(sums.dtype)
