@@ -1,0 +1,293 @@
+"""The engine on Ray: persistent workers that are handed chunks of messages, and are replaced when they die.
+
+A reply is a pure function of (message, context), so neither the number of workers nor the chunks they are handed
+can change a bit of it. An array record that several messages share is put into Ray's object store once a round and
+is fetched once by each worker.
+"""
+
+from __future__ import annotations
+
+import atexit
+import math
+import signal
+import sys
+import time
+from collections import Counter, deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import ray
+import torch
+from flwr.app import ArrayRecord, Context, Metadata
+from flwr.common.constant import ErrorCode
+from ray import ObjectRef
+from ray.exceptions import OutOfMemoryError, RayActorError, RayTaskError, TaskCancelledError, WorkerCrashedError
+
+from fedmm.engines import ray_instance
+from fedmm.engines.grid import (
+    App,
+    LocalGrid,
+    Outcome,
+    Record,
+    RunConfig,
+    Task,
+    call_app,
+    error_reply,
+    load_app,
+    message_from,
+)
+from fedmm.errors import RunError
+
+CHUNKS_PER_WORKER = 4
+START_SECONDS = 60.0
+DEATHS_BEFORE_ALONE = 2
+DEATHS_BEFORE_ERROR = 3
+FAILED_STARTS = 5
+
+DEATH = (RayActorError, OutOfMemoryError, TaskCancelledError, WorkerCrashedError)
+
+
+@dataclass(frozen=True)
+class Parcel:
+    """A task as it travels: a shared array record is replaced by its key."""
+
+    metadata: Metadata
+    records: dict[str, Record | str]
+    context: Context
+
+    def unpack(self, shared: dict[str, ArrayRecord]) -> Task:
+        """The task, with `shared` (key -> record) put in."""
+        records = {name: shared[r] if isinstance(r, str) else r for name, r in self.records.items()}
+        return Task(message_from(self.metadata, records), self.context)
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Tasks, by their index, that one worker does in one call; `deaths` counts the workers that died of them."""
+
+    indices: tuple[int, ...]
+    deaths: int = 0
+
+
+class Worker:
+    """The Ray actor: one process that has loaded the client app."""
+
+    def __init__(self) -> None:
+        # Ctrl-C reaches the whole process group, but only the driver decides what it means.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        torch.set_num_threads(1)
+        self._app: App | None = None
+        self._shared: dict[str, ArrayRecord] = {}
+
+    def greet(self, app: str, path: list[str]) -> None:
+        """Show that the worker lives; load the client app, with the driver's `sys.path`, if that was not done."""
+        if self._app is None:
+            sys.path[:] = [*path, *(entry for entry in sys.path if entry not in path)]
+            self._app = load_app(app)
+
+    def run(self, parcels: list[Parcel], refs: dict[str, ObjectRef[Any]]) -> list[Outcome]:
+        """Handle parcels one by one. `refs`: key -> reference to a shared record, fetched if it is new."""
+        assert self._app is not None
+        self._shared = {k: self._shared[k] if k in self._shared else ray.get(ref) for k, ref in refs.items()}
+        return [call_app(self._app, parcel.unpack(self._shared)) for parcel in parcels]
+
+
+class RayPool:
+    """Ray workers that serve any number of grids, one after another; a context manager.
+
+    Starts a private Ray instance unless one runs in this process. Returns at once: workers start in the background,
+    and `wait` or the first message waits for them.
+
+    Args:
+        app: Import path "package.module:attribute" of the client app.
+        workers: Number of worker processes, whatever the number of cores.
+
+    Raises:
+        RunError: `app` is no import path, or Ray does not start.
+    """
+
+    def __init__(self, app: str, workers: int) -> None:
+        if workers < 1:
+            raise RunError(f"{workers} workers", remedy="use at least one")
+        self._app = app
+        self._path = [str(Path(entry).resolve()) for entry in sys.path]
+        self._idle: list[Any] = []
+        self._greeted: dict[ObjectRef[Any], tuple[Any, float]] = {}
+        self._busy: dict[ObjectRef[Any], tuple[Any, Chunk]] = {}
+        self._failed_starts = 0
+        self._closed = False
+        self.workers = workers
+        self.shared_records = 0
+        self.deaths = 0
+        ray_instance.acquire(workers)
+        atexit.register(self.close)
+        for _ in range(workers):
+            self._start()
+
+    def wait(self, workers: int = 1) -> None:
+        """Wait until this many workers are ready.
+
+        Raises:
+            RunError: A worker cannot load the app, or does not start within 60 seconds.
+        """
+        while len(self._idle) < workers:
+            self._next_event(None)
+
+    def run(self, tasks: Sequence[Task], timeout: float | None = None) -> Iterator[tuple[int, Outcome]]:
+        """Yield (index of the task, outcome) as chunks are done; stop `timeout` seconds after a worker is ready.
+
+        The chunk of a worker that dies is run again, then its tasks one by one; a task whose third worker dies
+        gets an error reply. What is unfinished when the iterator is closed is killed with its worker.
+
+        Raises:
+            RunError: No worker can be started, or the pool is closed.
+        """
+        if self._closed or self._busy:
+            raise RunError("the Ray workers are shut down" if self._closed else "the Ray workers are busy")
+        parcels, refs = self._pack(tasks)
+        size = max(1, math.ceil(len(tasks) / (CHUNKS_PER_WORKER * self.workers)))
+        order = range(len(tasks))
+        queue = deque(Chunk(tuple(order[i : i + size])) for i in range(0, len(tasks), size))
+        # A worker that died while idle is found now, when its death can be charged to no task.
+        while self._idle:
+            self._greet(self._idle.pop())
+        self.wait()
+        deadline = None if timeout is None else time.monotonic() + timeout
+        try:
+            while queue or self._busy:
+                while queue and self._idle:
+                    worker, chunk = self._idle.pop(), queue.popleft()
+                    mine = [parcels[i] for i in chunk.indices]
+                    keys = {r for parcel in mine for r in parcel.records.values() if isinstance(r, str)}
+                    self._busy[worker.run.remote(mine, {key: refs[key] for key in keys})] = worker, chunk
+                ref = self._next_event(deadline)
+                if ref is None:
+                    if deadline is not None and time.monotonic() >= deadline:
+                        return
+                    continue
+                worker, chunk = self._busy.pop(ref)
+                try:
+                    outcomes = ray.get(ref)
+                except DEATH as error:
+                    self.deaths += 1
+                    self._replace(worker)
+                    again, outcomes = _after_death(chunk, tasks, error)
+                    queue.extendleft(again)
+                else:
+                    self._idle.append(worker)
+                yield from zip(chunk.indices, outcomes, strict=False)
+        finally:
+            while self._busy:
+                self._replace(self._busy.popitem()[1][0])
+
+    def close(self) -> None:
+        """Stop the workers, and Ray itself after the last pool; may be called again."""
+        if self._closed:
+            return
+        self._closed = True
+        atexit.unregister(self.close)
+        for worker in [*self._idle, *(w for w, _ in self._greeted.values()), *(w for w, _ in self._busy.values())]:
+            ray.kill(worker)
+        self._idle, self._greeted, self._busy = [], {}, {}
+        ray_instance.release()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _pack(self, tasks: Sequence[Task]) -> tuple[list[Parcel], dict[str, ObjectRef[Any]]]:
+        uses = Counter(id(r) for task in tasks for r in task.message.content.values() if isinstance(r, ArrayRecord))
+        keys: dict[int, str] = {}
+        refs: dict[str, ObjectRef[Any]] = {}
+        parcels = []
+        for task in tasks:
+            records: dict[str, Record | str] = {}
+            for name, record in task.message.content.items():
+                if uses[id(record)] < 2:
+                    records[name] = record
+                    continue
+                if id(record) not in keys:
+                    ref = ray.put(record)
+                    keys[id(record)] = ref.hex()
+                    refs[ref.hex()] = ref
+                records[name] = keys[id(record)]
+            parcels.append(Parcel(task.message.metadata, records, task.context))
+        self.shared_records += len(refs)
+        return parcels, refs
+
+    def _start(self) -> None:
+        actor = ray.remote(num_cpus=0, max_restarts=0, max_task_retries=0)(Worker)
+        self._greet(actor.remote())
+
+    def _greet(self, worker: Any) -> None:
+        self._greeted[worker.greet.remote(self._app, self._path)] = worker, time.monotonic() + START_SECONDS
+
+    def _replace(self, worker: Any) -> None:
+        ray.kill(worker)
+        self._start()
+
+    def _next_event(self, deadline: float | None) -> ObjectRef[Any] | None:
+        """Wait for a busy worker's answer and return its reference, or None: a greeting came back, or the deadline."""
+        until = [limit for _, limit in self._greeted.values()] + ([] if deadline is None else [deadline])
+        timeout = max(0.0, min(until) - time.monotonic()) if until else None
+        done, _ = ray.wait([*self._busy, *self._greeted], num_returns=1, timeout=timeout)
+        if done and done[0] in self._greeted:
+            self._welcome(done[0])
+            return None
+        if not done and any(limit <= time.monotonic() for _, limit in self._greeted.values()):
+            raise RunError(f"a Ray worker did not start within {START_SECONDS:.0f} s", where=self._app)
+        return done[0] if done else None
+
+    def _welcome(self, ref: ObjectRef[Any]) -> None:
+        worker, _ = self._greeted.pop(ref)
+        try:
+            ray.get(ref)
+        except RayTaskError as error:
+            ray.kill(worker)
+            cause = error.cause if isinstance(error.cause, RunError) else RunError(str(error.cause), where=self._app)
+            raise RunError(f"a Ray worker failed to start: {cause.what}", where=cause.where) from None
+        except DEATH as error:
+            self._failed_starts += 1
+            if self._failed_starts >= FAILED_STARTS * self.workers:
+                reason = " ".join(str(error).split())[:300]
+                raise RunError(f"{self._failed_starts} Ray workers in a row died at start-up: {reason}") from None
+            self._replace(worker)
+        else:
+            self._failed_starts = 0
+            self._idle.append(worker)
+
+
+def _after_death(chunk: Chunk, tasks: Sequence[Task], error: Exception) -> tuple[list[Chunk], list[Outcome]]:
+    """What to run again, and the error outcomes of a chunk whose worker died."""
+    chunk = replace(chunk, deaths=chunk.deaths + 1)
+    if chunk.deaths < DEATHS_BEFORE_ALONE:
+        return [chunk], []
+    if chunk.deaths < DEATHS_BEFORE_ERROR:
+        return [Chunk((index,), chunk.deaths) for index in reversed(chunk.indices)], []
+    reason = f"{chunk.deaths} workers died of this message: {' '.join(str(error).split())[:300]}"
+    code = ErrorCode.CLIENT_APP_CRASHED
+    return [], [Outcome(error_reply(tasks[index].message, code, reason)) for index in chunk.indices]
+
+
+class RayGrid(LocalGrid):
+    """A Flower grid whose clients run on a pool of Ray workers; closing the pool is its owner's business.
+
+    Args:
+        pool: The workers.
+        clients: Number of SuperNodes.
+        run_config: What clients see as `context.run_config`.
+    """
+
+    def __init__(self, pool: RayPool, clients: int, run_config: RunConfig | None = None) -> None:
+        super().__init__(clients, run_config)
+        self._pool = pool
+
+    def _execute(self, tasks: Sequence[Task], timeout: float | None) -> Iterator[tuple[int, Outcome]]:
+        return self._pool.run(tasks, timeout)
