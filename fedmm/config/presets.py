@@ -1,0 +1,77 @@
+"""The named methods: small sets of overrides that lie between the schema's defaults and the user's file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from fedmm.errors import ConfigError, nearest
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A named method.
+
+    Attributes:
+        description: One line for `fedmm list methods`.
+        overrides: Nested mapping with the structure of `Config`.
+    """
+
+    description: str
+    overrides: Mapping[str, Any]
+
+
+_CMSFED_SELECTION = {"name": "cmsfed", "theta": 1.5}
+
+PRESETS: dict[str, Preset] = {
+    "fedavg": Preset(
+        "Joint loss, uniform selection, block-wise mean (McMahan et al., AISTATS 2017).",
+        {"objective": "joint", "strategy": "fedavg", "selection": "uniform"},
+    ),
+    "fedavg-aux": Preset(
+        "FedAvg whose clients also minimise one unimodal loss a modality: the control for FedCMI's self losses.",
+        {"objective": "auxiliary", "model": {"unimodal_heads": True}},
+    ),
+    "fedprox": Preset(
+        "FedAvg with a proximal term (Li et al., MLSys 2020).",
+        {"objective": {"name": "prox", "mu": 0.01}},
+    ),
+    "fedcmi": Preset(
+        "Cross-modal infiltration: two projectors a modality, the dominant modality of the global model teaches.",
+        {"objective": "infiltration", "model": {"projector": {"depth": 3}, "unimodal_heads": True}},
+    ),
+    "cmsfed": Preset(
+        "Prototype loss on the weak modality, submodular client-and-modality selection (BMSFed, arXiv 2401.00403 v2).",
+        {"objective": {"name": "prototypes", "alpha": 2.0}, "selection": _CMSFED_SELECTION},
+    ),
+    "cmsfed-v1": Preset(
+        "CMSFed as first published (arXiv 2401.00403 v1).",
+        {"objective": {"name": "prototypes", "alpha": 2.0, "variant": "v1"}, "selection": _CMSFED_SELECTION},
+    ),
+    "divfl": Preset(
+        "Joint loss, clients chosen for diverse gradients by submodular maximisation (Balakrishnan et al., ICLR 2022).",
+        {"selection": "divfl"},
+    ),
+    "power-of-choice": Preset(
+        "Joint loss, the candidates of highest local loss are chosen (Cho et al., AISTATS 2022).",
+        {"selection": "power_of_choice"},
+    ),
+}
+
+
+def get_preset(name: object, where: str = "method") -> Preset:
+    """Return the preset called `name`.
+
+    Args:
+        name: What the user wrote.
+        where: Config path, for the message.
+
+    Raises:
+        ConfigError: There is no such preset; the message names the nearest one.
+    """
+    if not isinstance(name, str):
+        raise ConfigError(f"{name!r} is not the name of a method", where=where, remedy=nearest("", PRESETS))
+    if name not in PRESETS:
+        raise ConfigError(f'unknown method "{name}"', where=where, remedy=nearest(name, PRESETS))
+    return PRESETS[name]
