@@ -1,0 +1,38 @@
+"""Messages to `echo_app`, and what makes two replies equal."""
+
+import numpy as np
+from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
+
+APP = "echo_app:app"
+CLIENTS = 7
+
+
+def arrays(seed=0, size=64):
+    return ArrayRecord([np.random.default_rng(seed).normal(size=(size, size)).astype(np.float32)])
+
+
+def messages(grid, action="train", record=None, nodes=None, **config):
+    record = record or arrays()
+    return [
+        Message(RecordDict({"arrays": record, "config": ConfigRecord(config)}), node, action)
+        for node in (nodes or grid.get_node_ids())
+    ]
+
+
+def by_partition(grid, replies):
+    """Partition -> (numbers, number of calls) or the error's code and reason."""
+    out = {}
+    for reply in replies:
+        partition = grid.contexts[reply.metadata.src_node_id].node_config["partition-id"]
+        assert partition not in out
+        if reply.has_error():
+            out[partition] = (reply.error.code, reply.error.reason)
+        else:
+            metrics = reply.content["metrics"]
+            assert metrics["partition"] == partition
+            out[partition] = (reply.content["arrays"]["0"].data, metrics["calls"])
+    return out
+
+
+def pids(replies):
+    return {reply.content["metrics"]["pid"] for reply in replies}
