@@ -125,9 +125,14 @@ def read(path: Path) -> dict[str, Any]:
     return value
 
 
-def write(value: Any) -> str:
-    """Write plain values as YAML that `parse`, and any YAML 1.1 reader, takes back unchanged."""
-    return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=10_000)
+def write(value: Any, *, flow: bool = False) -> str:
+    """Write plain values as YAML that `parse`, and any YAML 1.1 reader, takes back unchanged.
+
+    Args:
+        value: Mappings, lists and scalars.
+        flow: On one line, with brackets and braces.
+    """
+    return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=10_000, default_flow_style=flow)
 
 
 def kind(value: Any) -> str:
