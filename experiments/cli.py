@@ -1,0 +1,256 @@
+"""The command line `fedmm`. Torch, Flower and Ray are imported inside the commands that need them."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.metadata
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from experiments.guard import CODES, DEGRADED, Guarded, stdout_for_result
+from fedmm.config.explain import explain as explain_config
+from fedmm.config.load import Resolved, load_compare, load_config
+from fedmm.config.schema import Config, DataConfig
+from fedmm.errors import ConfigError, nearest
+
+_CODES = "Exit codes: " + "; ".join(f"{code} {meaning}" for code, meaning in CODES.items()) + "."
+
+app = typer.Typer(
+    cls=Guarded,
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Federated multimodal learning: run, compare, report.",
+    epilog=_CODES,
+)
+data_app = typer.Typer(no_args_is_help=True, help="Build, describe and preview data sets.")
+app.add_typer(data_app, name="data")
+
+ConfigArgument = Annotated[
+    str | None, typer.Argument(metavar="[CONFIG]", help="YAML file; without it, the defaults.", show_default=False)
+]
+OverridesArgument = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, e.g. train.rounds=5 data=cgmnist.", show_default=False),
+]
+OutOption = Annotated[Path | None, typer.Option("--out", help="Directory to write to.", show_default=False)]
+NameArgument = Annotated[str, typer.Argument(metavar="NAME", help="Data set, or DATASET:PRESET.")]
+
+TABLES = {
+    "methods": ("fedmm.config.presets", "PRESETS"),
+    "datasets": ("fedmm.data", "DATASETS"),
+    "objectives": ("fedmm.objectives", "OBJECTIVES"),
+    "strategies": ("server.strategies", "STRATEGIES"),
+    "selectors": ("server.selection", "SELECTORS"),
+    "partitions": ("fedmm.data.partition", "PARTITIONS"),
+    "engines": ("fedmm.engines", "ENGINES"),
+}
+"""What `fedmm list` shows: kind -> module and name of its table."""
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    app()
+
+
+def _version(wanted: bool) -> None:
+    if not wanted:
+        return
+    try:
+        version = importlib.metadata.version("fedmm")
+    except importlib.metadata.PackageNotFoundError:
+        version = "(not installed)"
+    typer.echo(f"fedmm {version}")
+    raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show it.")] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def run(
+    config: ConfigArgument = None,
+    overrides: OverridesArgument = None,
+    engine: Annotated[str | None, typer.Option(help="inproc, ray or flower; as engine.name=...")] = None,
+    out: OutOption = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in --out.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print summary.json on stdout, nothing else.")] = False,
+    strict: Annotated[bool, typer.Option("--strict", help="Exit 5 if fewer clients contributed than asked.")] = False,
+) -> None:
+    """Train and evaluate one configuration."""
+    path, changes = _arguments(config, overrides)
+    resolved = load_config(path, [*changes, *([f"engine.name={engine}"] if engine else [])]).config
+    target = out or Path("runs") / _run_name(resolved)
+    with stdout_for_result() if as_json else contextlib.nullcontext(sys.stdout) as stdout:
+        from experiments import runner
+
+        runner.check(resolved)
+        summary = runner.run(resolved, target, resume=resume, console=Console(stderr=True))
+    if as_json:
+        typer.echo(json.dumps(summary, indent=2), file=stdout)
+    else:
+        Console(soft_wrap=True).print(_summary_table(summary), f"Written to {target}")
+    if summary.get("status") == "degraded":
+        used, expected = summary.get("replies_used"), summary.get("replies_expected")
+        typer.secho(f"fedmm: degraded: {used} of {expected} replies were used", err=True, fg=typer.colors.YELLOW)
+        if strict:
+            raise typer.Exit(DEGRADED)
+
+
+@app.command()
+def compare(
+    config: ConfigArgument = None,
+    overrides: OverridesArgument = None,
+    out: OutOption = None,
+    jobs: Annotated[int, typer.Option(min=1, help="Runs at a time.")] = 1,
+) -> None:
+    """Run methods x settings x seeds, skipping what is done, and write the report."""
+    path, changes = _arguments(config, overrides)
+    comparison = load_compare(path, changes)
+    target = out or Path("runs") / (Path(path).stem if path else "compare")
+    from experiments import report as reports
+    from experiments import sweep
+
+    console = Console()
+    sweep.compare(comparison, target, jobs=jobs, console=console)
+    written = reports.write_report([target], target)
+    reports.print_table([target], console)
+    console.print(f"Report: {written}", soft_wrap=True)
+
+
+@app.command()
+def report(
+    directories: Annotated[list[Path], typer.Argument(metavar="DIR...", help="Runs or comparisons.")],
+    out: OutOption = None,
+) -> None:
+    """Write report.html and the tables for finished runs."""
+    from experiments import report as reports
+
+    console = Console()
+    written = reports.write_report(directories, out or directories[0])
+    reports.print_table(directories, console)
+    console.print(f"Report: {written}", soft_wrap=True)
+
+
+@app.command("list")
+def list_(
+    kind: Annotated[str | None, typer.Argument(metavar=f"[{'|'.join(TABLES)}]", show_default=False)] = None,
+) -> None:
+    """List what can be named in a configuration."""
+    if kind is not None and kind not in TABLES:
+        raise ConfigError(f'there is no list of "{kind}"', where="list", remedy=nearest(kind, TABLES))
+    console = Console()
+    for each in [kind] if kind else TABLES:
+        module, name = TABLES[each]
+        entries: Mapping[str, object] = getattr(importlib.import_module(module), name)
+        table = Table("name", "description", title=each, title_justify="left", box=None, header_style="bold")
+        for key, entry in entries.items():
+            table.add_row(key, _description(entry))
+        console.print(table, "")
+
+
+@app.command()
+def explain(config: ConfigArgument = None, overrides: OverridesArgument = None) -> None:
+    """Show each value of a configuration and where it came from."""
+    table = Table("key", "value", "from", box=None, header_style="bold")
+    for row in explain_config(_load(config, overrides)):
+        table.add_row(row.key, row.value, row.origin, style="dim" if row.origin == "default" else None)
+    Console(soft_wrap=True).print(table)
+
+
+@app.command()
+def doctor() -> None:
+    """Check this machine: versions, threads, Ray, embedded data, space."""
+    from experiments.doctor import examine
+
+    table = Table("check", "result", "", box=None, header_style="bold")
+    findings = examine()
+    for finding in findings:
+        table.add_row(finding.check, finding.result, "ok" if finding.good else f"[red]{finding.remedy}[/red]")
+    Console(soft_wrap=True).print(table)
+    if not all(finding.good for finding in findings):
+        raise typer.Exit(4)
+
+
+@data_app.command("build")
+def data_build(
+    name: NameArgument,
+    out: Annotated[Path, typer.Option("--out", help="Directory to write to.")] = Path("build/data"),
+    packages: Annotated[Path | None, typer.Option(help="Directory of downloaded source packages.")] = None,
+) -> None:
+    """Rebuild an embedded data set from its public sources."""
+    from fedmm.data.build import build
+
+    typer.echo(build(name, out, packages))
+
+
+@data_app.command("card")
+def data_card(name: NameArgument) -> None:
+    """Print a data set's card: source, licence, construction, known limits."""
+    from fedmm.data import data_card
+
+    typer.echo(data_card(_data(name, None)))
+
+
+@data_app.command("preview")
+def data_preview(name: NameArgument, overrides: OverridesArgument = None) -> None:
+    """Load a data set and show its modalities, splits and classes."""
+    from experiments.preview import preview
+
+    console = Console()
+    for table in preview(_data(name, overrides)):
+        console.print(table, "")
+
+
+def _arguments(config: str | None, overrides: list[str] | None) -> tuple[str | None, list[str]]:
+    """Take the first argument for an override when it has the form of one, since CONFIG may be left out."""
+    rest = overrides or []
+    if config is not None and "=" in config and not Path(config).exists():
+        return None, [config, *rest]
+    return config, rest
+
+
+def _load(config: str | None, overrides: list[str] | None) -> Resolved:
+    return load_config(*_arguments(config, overrides))
+
+
+def _data(name: str, overrides: list[str] | None) -> DataConfig:
+    return load_config(None, [f"data={name}", *(overrides or [])]).config.data
+
+
+def _run_name(config: Config) -> str:
+    data = f"{config.data.name}-{config.data.preset}" if config.data.preset else config.data.name
+    name = f"{config.method or config.objective.name}-{data}-seed{config.seed}"
+    return name.replace("/", "_").replace(":", "_")
+
+
+def _description(entry: object) -> str:
+    text = str(getattr(entry, "description", None) or getattr(entry, "__doc__", None) or "")
+    return text.strip().partition("\n")[0]
+
+
+def _summary_table(summary: Mapping[str, Any]) -> Table:
+    """Accuracy, macro F1 and loss of the validation and the test split."""
+    measures = ("accuracy", "macro_f1", "loss")
+    table = Table("split", *measures, box=None, header_style="bold")
+    for split in ("val", "test"):
+        values = summary.get(split) or {}
+        cells = [values.get(measure) for measure in measures]
+        table.add_row(split, *("-" if cell is None else f"{cell:.4f}" for cell in cells))
+    return table
+
+
+if __name__ == "__main__":
+    main()
