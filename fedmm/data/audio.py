@@ -69,7 +69,9 @@ def prepare(signal: npt.NDArray[np.float64], rate: int) -> Wave:
 def add_noise(waves: Wave, snr_db: float, rng: np.random.Generator) -> Wave:
     """White noise over the whole window, `snr_db` decibels relative to the speech's level; waves [N, LENGTH]."""
     sigma = LEVEL * 10.0 ** (-snr_db / 20.0)
-    return (waves + sigma * rng.standard_normal(waves.shape, dtype=np.float32)).astype(np.float32)
+    noise: Wave = rng.standard_normal(waves.shape, dtype=np.float32)
+    noisy: Wave = np.add(waves, np.float32(sigma) * noise, dtype=np.float32)
+    return noisy
 
 
 def log_mel(waves: Wave) -> npt.NDArray[np.uint8]:

@@ -62,7 +62,7 @@ def content_hash(arrays: Mapping[str, npt.NDArray[Any]], meta: Mapping[str, Any]
     for name in sorted(arrays):
         array = np.ascontiguousarray(arrays[name])
         digest.update(f"{name}|{array.dtype.str}|{array.shape}|".encode())
-        digest.update(memoryview(array).cast("B") if array.size else b"")
+        digest.update(array.tobytes())
     return digest.hexdigest()
 
 

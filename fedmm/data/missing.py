@@ -12,7 +12,7 @@ import numpy.typing as npt
 def owners(
     clients: int, modalities: Sequence[str], multimodal_share: float, rng: np.random.Generator
 ) -> list[tuple[str, ...]]:
-    """Owned modalities of each client: floor(rK) clients own all, the others one each, evenly (the papers' `multi_ratio`).
+    """Owned modalities of each client: floor(rK) clients own all, the others one each, evenly (the papers' ratio r).
 
     Args:
         clients: K.

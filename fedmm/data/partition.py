@@ -65,7 +65,7 @@ def quantity(y: Labels, clients: int, rng: np.random.Generator, sigma: float, mi
 def pathological(
     y: Labels, clients: int, rng: np.random.Generator, classes_per_client: int, min_samples: int = 1
 ) -> Indices:
-    """Each client holds samples of exactly `classes_per_client` classes at most; a class is shared evenly by its owners.
+    """Each client holds `classes_per_client` classes at most; a class is shared evenly by its owners.
 
     Raises:
         ConfigError: More classes a client than there are, too few clients to place every class, or too few samples
@@ -146,7 +146,7 @@ def heldout(y: Labels, train_counts: npt.NDArray[np.int64], rng: np.random.Gener
         order = rng.permutation(clients)
         edges = np.cumsum(weights[order]) * (len(rows) / weights.sum())
         edges[np.flatnonzero(weights[order])[-1] :] = len(rows)
-        # A sample sits at every i + u, 0 < u <= 1, of the line on which client `order[j]` covers (edges[j-1], edges[j]].
+        # A sample sits at every i + u, 0 < u <= 1, of a line on which client order[j] covers (edges[j-1], edges[j]].
         owner[rows] = order[np.searchsorted(edges, np.arange(len(rows)) + 1.0 - rng.random())]
     return _group(owner, clients)
 
@@ -233,7 +233,7 @@ def _split(order: npt.NDArray[np.int64], sizes: npt.NDArray[np.int64]) -> Indice
 
 def _apportion(weights: npt.NDArray[np.float64], total: int) -> npt.NDArray[np.int64]:
     """Whole numbers that sum to `total`, each within one of its share of the weights; zero weight gets zero."""
-    edges = np.rint(np.cumsum(weights) * (total / weights.sum())).astype(np.int64)
+    edges: npt.NDArray[np.int64] = np.rint(np.cumsum(weights) * (total / weights.sum())).astype(np.int64)
     edges[np.flatnonzero(weights)[-1] :] = total
     return np.diff(edges, prepend=0)
 

@@ -29,8 +29,8 @@ def hash_ngrams(texts: Sequence[str], buckets: int = 1024) -> npt.NDArray[np.flo
             code = zlib.crc32(gram.encode())
             row[(code >> 1) % buckets] += (1.0 if code & 1 else -1.0) * count**0.5
     norm = np.sqrt((out**2).sum(axis=1, keepdims=True))
-    scaled = out * (buckets**0.5 / np.where(norm > 0, norm, 1.0))
-    return scaled.astype(np.float32)
+    scaled: npt.NDArray[np.float32] = (out * (buckets**0.5 / np.where(norm > 0, norm, 1.0))).astype(np.float32)
+    return scaled
 
 
 def ngrams(text: str) -> Iterator[str]:

@@ -107,7 +107,8 @@ def keep_leading_components(
     # einsum without BLAS: the bits must not depend on the number of threads.
     scores = np.einsum("nd,kd->nk", flat, basis.astype(np.float64), optimize=False)
     kept = mean + np.einsum("nk,kd->nd", scores, basis.astype(np.float64), optimize=False)
-    return np.clip(kept, 0, 255).astype(np.float32).reshape(images.shape)
+    clipped: npt.NDArray[np.float32] = np.clip(kept, 0, 255).astype(np.float32)
+    return clipped.reshape(images.shape)
 
 
 def pair(

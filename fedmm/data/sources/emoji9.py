@@ -34,7 +34,7 @@ def load(cfg: DataConfig) -> Dataset:
         ConfigError: Unknown preset or parameter, or more code points than there are.
     """
     check_options(cfg, ("text", "per_client"))
-    name, preset = choose_preset(cfg, PRESETS, "tags")
+    _, preset = choose_preset(cfg, PRESETS, "tags")
     text = choose(cfg, "text", ("tags", "label"), preset)
     arrays, meta = container.read(EMBEDDED / "emoji9.json")
     y, vendors, languages = arrays["labels"].astype(np.int64), meta["vendors"], meta["languages"]

@@ -198,6 +198,8 @@ def read_dials(params: Mapping[str, Any], preset: str = DEFAULT) -> Dials:
     given = PRESETS[preset](len(names)) | dict(params)
     classes = _whole(given, "classes", 8, 2)
     dims = _each(given, "dims", names, 2 * classes + 8)
+    if any(d != int(d) for d in dims):
+        raise ConfigError(f"{given['dims']!r} is not possible", where="data.params.dims", remedy="use whole numbers")
     dials = Dials(
         modalities=names,
         classes=classes,
