@@ -1,0 +1,1 @@
+"""The client side: a Flower ClientApp and local training."""

@@ -1,0 +1,1 @@
+"""Command line, runs, comparisons and reports."""

@@ -1,0 +1,1 @@
+"""Federated multimodal learning: the library. It knows neither `clients/` nor `server/` nor any experiment."""

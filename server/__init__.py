@@ -1,0 +1,1 @@
+"""The server side: round loop, policy, aggregation, strategies, selection."""

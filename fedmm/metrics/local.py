@@ -24,7 +24,7 @@ def predict(model: MultimodalModel, data: ClientData) -> Outputs:
     training = model.training
     model.eval()
     parts = []
-    for rows in torch.arange(len(data)).split(_CHUNK):
+    for rows in torch.split(torch.arange(len(data)), _CHUNK):
         batch = data.batch(rows)
         parts.append(model(batch.x, batch.present))
     model.train(training)
@@ -110,7 +110,8 @@ def solve_probe(gram: Tensor, cross: Tensor, ridge: float = 1e-3) -> Tensor:
     d = gram.shape[0] - 1
     penalty = torch.full((d + 1,), float(ridge * (gram[:d, :d].diagonal().mean() + 1e-12)), dtype=gram.dtype)
     penalty[d] = 1e-9 * (gram[d, d] + 1e-12)
-    return torch.linalg.solve(gram + torch.diag(penalty), cross)
+    weights: Tensor = torch.linalg.solve(gram + torch.diag(penalty), cross)
+    return weights
 
 
 @torch.no_grad()

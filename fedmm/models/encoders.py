@@ -1,4 +1,4 @@
-"""Encoders phi^m: one sample tensor [B, *shape] -> features [B, d]. All end in a linear layer or pooling, never in dropout.
+"""Encoders phi^m: samples [B, *shape] -> features [B, d]. All end in a linear layer or in pooling.
 
 Normalisation is GroupNorm by default: averaging BatchNorm statistics over unlike clients hurts, and group
 statistics never mix samples (so that an absent row cannot touch another row).
@@ -80,6 +80,7 @@ class _BasicBlock(nn.Module):
             self.shortcut = nn.Sequential(nn.Conv2d(inside, outside, 1, stride, bias=False), _norm(norm, outside))
 
     def forward(self, x: Tensor) -> Tensor:
+        """[B, inside, H, W] -> [B, outside, H / stride, W / stride]."""
         out = F.relu(self.norm1(self.conv1(x)))
         return F.relu(self.norm2(self.conv2(out)) + self.shortcut(x))
 

@@ -23,6 +23,7 @@ class Concat(nn.Module):
         self.modalities, self.width = tuple(modalities), len(modalities) * features
 
     def forward(self, z: Tensors, mask: Tensors) -> Tensor:
+        """Fuse features [B, d] under masks [B, 1] into [B, width]."""
         return torch.cat([z[m] for m in self.modalities], dim=1)
 
 
@@ -35,6 +36,7 @@ class Sum(nn.Module):
         self.linear = nn.ModuleDict({m: nn.Linear(features, features) for m in modalities})
 
     def forward(self, z: Tensors, mask: Tensors) -> Tensor:
+        """Fuse features [B, d] under masks [B, 1] into [B, width]."""
         return torch.stack([mask[m] * self.linear[m](z[m]) for m in self.modalities]).sum(0)
 
 
@@ -48,6 +50,7 @@ class Gated(nn.Module):
         self.gate = nn.ModuleDict({m: nn.Linear(len(modalities) * features, features) for m in modalities})
 
     def forward(self, z: Tensors, mask: Tensors) -> Tensor:
+        """Fuse features [B, d] under masks [B, 1] into [B, width]."""
         together = torch.cat([z[m] for m in self.modalities], dim=1)
         parts = [
             mask[m] * torch.sigmoid(self.gate[m](together)) * torch.tanh(self.linear[m](z[m])) for m in self.modalities
@@ -70,6 +73,7 @@ class FiLM(nn.Module):
         self.linear = nn.ModuleDict({m: nn.Linear(features, features) for m in modalities[1:]})
 
     def forward(self, z: Tensors, mask: Tensors) -> Tensor:
+        """Fuse features [B, d] under masks [B, 1] into [B, width]."""
         first, *others = self.modalities
         gamma = mask[first] * self.scale(z[first]) + (1 - mask[first])
         beta = mask[first] * self.shift(z[first])

@@ -81,5 +81,5 @@ def anchor(model: MultimodalModel) -> Tensors:
 
 
 def proximal(gradients: Tensors, parameters: Tensors, state: Tensors, mu: float) -> Tensors:
-    """Add the gradient of (mu/2) ||w - w_hat||^2, mu (w - w_hat), to every trained tensor (FedProx, Li et al., 2020)."""
+    """Add mu (w - w_hat), the gradient of (mu/2) ||w - w_hat||^2, to each trained tensor (FedProx, Li et al., 2020)."""
     return {n: g + mu * (parameters[n] - state[f"anchor.{n}"]) for n, g in gradients.items()}

@@ -5,7 +5,7 @@ modality survives in its self projector.
 
     h = phi(x);  z_S = S(h);  z_I = I(h);  o_S = H(z_S);  o_I = H(z_I);  out = F([z_S^1; ...; z_S^M])
     L = CE(out, y) + lambda_self sum_m CE(o_S^m, y) + lambda_cmi L_CMI + (mu/2) ||w - w_hat||^2
-    L_CMI = - mean_i sum_c q_ic log p_ic,   q_i = softmax(o_hat_S^D(x_i^D) / tau_y),  p_i = softmax(o_I^W(x_i^W) / tau_y)
+    L_CMI = - mean_i sum_c q_ic log p_ic;  q_i = softmax(o_hat_S^D(x_i^D) / tau_y),  p_i = softmax(o_I^W(x_i^W) / tau_y)
 
 o_hat: the received global model, frozen. D: the dominant modality, by the larger true-class probability, of the batch
 under the local model (`batch_local`) or of the federation under the global model (`round_global`). Every other

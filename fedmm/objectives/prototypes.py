@@ -51,17 +51,21 @@ class Prototypes(Objective):
     weak: Literal["batch", "all"] = "batch"
 
     def begin(self, model: MultimodalModel, data: ClientData, broadcast: Tensors) -> Tensors:
-        """Global prototypes [C, d] of the owned modalities, and for v1 the client's own."""
+        """Global prototypes [C, d] of the owned modalities, and for v1 the client's own.
+
+        Before there are global prototypes (the bootstrap epoch), the client's own serve as both.
+        """
         state = {}
+        if bootstrap := f"prototype.{data.modalities[0]}" not in broadcast:
+            broadcast = _local_prototypes(model, data)
         for m in data.modalities:
             state[f"global.{m}"] = broadcast[f"prototype.{m}"].to(torch.float32)
             state[f"global_known.{m}"] = broadcast[f"prototype_count.{m}"] > 0
         if self.variant == "v1":
-            features = predict(model, data).features
+            local = broadcast if bootstrap else _local_prototypes(model, data)
             for m in data.modalities:
-                total, count = class_sums(features[m], data.present[m], data.y, data.classes)
-                state[f"local.{m}"] = (total / count.clamp(min=1).unsqueeze(1)).to(torch.float32)
-                state[f"local_known.{m}"] = count > 0
+                state[f"local.{m}"] = local[f"prototype.{m}"].to(torch.float32)
+                state[f"local_known.{m}"] = local[f"prototype_count.{m}"] > 0
         return state
 
     def losses(self, model: MultimodalModel, batch: Batch, state: Tensors) -> tuple[Tensor, ...]:
@@ -83,6 +87,16 @@ class Prototypes(Objective):
                 aligned = batch.present[m] & state[f"global_known.{m}"][batch.y]
                 loss = loss + self.beta * chosen[slot] * masked_mean(distance, aligned)
         return (loss,)
+
+
+def _local_prototypes(model: MultimodalModel, data: ClientData) -> Tensors:
+    features = predict(model, data).features
+    found: Tensors = {}
+    for m in data.modalities:
+        total, count = class_sums(features[m], data.present[m], data.y, data.classes)
+        found[f"prototype.{m}"] = total / count.clamp(min=1).unsqueeze(1)
+        found[f"prototype_count.{m}"] = count
+    return found
 
 
 def distance_logits(features: Tensor, prototypes: Tensor, known: Tensor) -> Tensor:

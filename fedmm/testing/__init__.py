@@ -1,0 +1,1 @@
+"""Public conformance batteries for plug-ins and data sets."""

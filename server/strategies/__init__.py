@@ -1,0 +1,24 @@
+"""Server methods. One table; a stranger's strategy by dotted path `package.module:Name`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+
+from fedmm.config.schema import Plugin
+from fedmm.plugins import build
+from server.strategies.base import FedAvg, Strategy
+
+STRATEGIES: Mapping[str, type[Strategy]] = MappingProxyType({"fedavg": FedAvg})
+
+
+def build_strategy(plugin: Plugin) -> Strategy:
+    """The strategy that a configuration names.
+
+    Raises:
+        ConfigError: Unknown name or parameter, or a value of the wrong type.
+    """
+    return build("strategy", plugin, STRATEGIES, Strategy)
+
+
+__all__ = ["STRATEGIES", "FedAvg", "Strategy", "build_strategy"]

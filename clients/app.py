@@ -1,0 +1,119 @@
+"""The Flower ClientApp: four messages, each answered as a function of the message and the client's data alone.
+
+    query            who are you: owned modalities, sample and class counts
+    query.statistics sums and counts on one split with the sent model (prototypes, confidence, moments)
+    train            local training with the run's objective
+    evaluate         confusion counts of the sent model on one split
+
+The same app serves in process, on Ray workers, in Flower's simulation and on devices.
+"""
+
+from __future__ import annotations
+
+import torch
+from flwr.app import Context, Message
+from flwr.clientapp import ClientApp
+
+from clients import trainer
+from clients.faults import data_root, faults_mod
+from clients.workspace import Workspace, workspace
+from fedmm.metrics.local import STATISTICS, evaluate
+from fedmm.types import Tensors
+from fedmm.wire import ReplyHeader, Task, from_record, read_task, reply_content
+
+app = ClientApp()
+
+
+def _open(message: Message, context: Context) -> tuple[Task, Workspace]:
+    # One thread: many clients share the machine, and sums must not depend on how many cores it has.
+    if torch.get_num_threads() != 1:
+        torch.set_num_threads(1)
+    task = read_task(message)
+    return task, workspace(task.spec, data_root(context))
+
+
+def _broadcast(message: Message, task: Task) -> Tensors:
+    record = message.content.array_records.get("broadcast")
+    knowledge = from_record(record) if record is not None else {}
+    return knowledge | {"round": torch.tensor(max(task.round - 1, 0))}
+
+
+@app.query()
+def hello(message: Message, context: Context) -> Message:
+    """Introduce this client."""
+    client = int(context.node_config["partition-id"])
+    task, here = _open(message, context)
+    data = here.data(client, "train")
+    counts = {
+        split: torch.bincount(here.data(client, split).y, minlength=data.classes).tolist()
+        for split in ("train", "val", "test")
+    }
+    header = ReplyHeader(task.round, client, len(data), modalities=data.modalities, info={"class_counts": counts})
+    return Message(reply_content(header, {}), reply_to=message)
+
+
+@app.query("statistics")
+def statistics(message: Message, context: Context) -> Message:
+    """Sums and counts of the sent model on one split."""
+    task, here = _open(message, context)
+    model = here.load(message.content.array_records["model"])
+    data = here.data(task.client, task.split)
+    report: Tensors = {}
+    for name in task.requests:
+        report |= STATISTICS[name](model, data)
+    header = ReplyHeader(task.round, task.client, len(data), modalities=data.modalities)
+    return Message(reply_content(header, report), reply_to=message)
+
+
+@app.train(mods=[faults_mod])
+def train(message: Message, context: Context) -> Message:
+    """Train locally and return the trained blocks with the statistics that the server asked for.
+
+    In the bootstrap (round 0) prototypes and confidences describe the model as received, as there is no trained
+    model yet; afterwards they describe the client's own, trained model (CMSFed) except for the confidence, which
+    always judges the received one (FedCMI).
+    """
+    task, here = _open(message, context)
+    model = here.load(message.content.array_records["model"])
+    data = here.data(task.client, "train")
+    settings = here.config.train
+    report: Tensors = {}
+    before = [n for n in task.requests if n == "confidence" or task.round == 0]
+    for name in before:
+        report |= STATISTICS[name](model, data)
+    result = trainer.train(
+        model,
+        here.objective,
+        data,
+        task.modalities,
+        _broadcast(message, task),
+        trainer.LocalSchedule(
+            task.epochs,
+            settings.batch_size,
+            task.lr,
+            settings.momentum,
+            settings.weight_decay,
+            settings.clip,
+        ),
+        here.config.seed,
+        task.round,
+        task.client,
+    )
+    for name in task.requests:
+        if name not in before:
+            report |= STATISTICS[name](model, data)
+    header = ReplyHeader(
+        task.round, task.client, len(data), loss=result.loss, steps=result.steps, modalities=task.modalities
+    )
+    return Message(reply_content(header, report | result.report, result.model), reply_to=message)
+
+
+@app.evaluate()
+def judge(message: Message, context: Context) -> Message:
+    """Measure the sent model on the client's validation or test split."""
+    task, here = _open(message, context)
+    model = here.load(message.content.array_records["model"])
+    data = here.data(task.client, task.split)
+    report = evaluate(model, data, _broadcast(message, task)) if len(data) else {}
+    header = ReplyHeader(task.round, task.client, len(data), modalities=data.modalities)
+    return Message(reply_content(header, report), reply_to=message)

@@ -1,0 +1,161 @@
+"""One run, on the engine that the configuration names, with progress, interruption and resumption."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from flwr.serverapp import Grid
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+
+from fedmm.config.schema import Config
+from fedmm.engines.inprocess import InProcessGrid
+from fedmm.errors import Interrupted, RunError
+from fedmm.io.files import write_json
+from fedmm.io.run_directory import RunDirectory, read_summary
+from server.callbacks import Callback, RoundReport
+from server.loop import Server
+from server.plan import check, plan
+
+CLIENT_APP = "clients.app:app"
+
+__all__ = ["CLIENT_APP", "check", "run"]
+
+
+class ProgressBar(Callback):
+    """Shows rounds, replies of the current round and validation accuracy on a console."""
+
+    def __init__(self, progress: Progress, label: str) -> None:
+        self._progress, self._label = progress, label
+        self._task: TaskID = progress.add_task(label, total=None, note="connecting")
+
+    def started(self, first_round: int, rounds: int) -> None:
+        """See `Callback`."""
+        self._progress.update(self._task, total=rounds, completed=max(first_round - 1, 0), note="first round")
+
+    def replied(self, done: int, asked: int) -> None:
+        """See `Callback`."""
+        self._progress.update(self._task, note=f"{done}/{asked} replies")
+
+    def finished_round(self, report: RoundReport) -> None:
+        """See `Callback`."""
+        note = f"val accuracy {report.validation['accuracy']:.3f}" if report.validation else ""
+        self._progress.update(self._task, completed=report.round, note=note)
+        if not self._progress.console.is_terminal and report.round % max(report.rounds // 10, 1) == 0:
+            self._progress.console.print(f"{self._label}: round {report.round}/{report.rounds} {note}")
+
+
+@contextmanager
+def open_grid(config: Config) -> Iterator[Grid]:
+    """The grid of engine inproc or ray; Ray's workers end with it unless another run of this process goes on."""
+    clients = config.scenario.clients
+    if config.engine.name == "inproc":
+        yield InProcessGrid(CLIENT_APP, clients)
+        return
+    from fedmm.engines.ray_workers import RayGrid, RayPool
+
+    with RayPool(CLIENT_APP, config.engine.workers) as pool:
+        yield RayGrid(pool, clients)
+
+
+def run(
+    config: Config,
+    out: Path,
+    *,
+    resume: bool = False,
+    console: Console | None = None,
+    grid: Grid | None = None,
+    label: dict[str, str] | None = None,
+) -> dict[str, Any]:
+    """Run one configuration into one directory and return its summary.
+
+    Args:
+        config: What to run.
+        out: The run's directory.
+        resume: Go on from the newest checkpoint; a finished run returns its summary at once.
+        console: Where progress goes.
+        grid: A grid to use instead of the configured engine's (a comparison keeps one over its runs).
+        label: Label and setting of a comparison, for the manifest.
+
+    Raises:
+        FedmmError: Bad configuration, missing data, a failed run, or (Interrupted) the user stopped it; the
+            directory's summary.json says which, and `resume` goes on after the last checkpoint.
+    """
+    check(config)
+    if resume and (done := read_summary(out)) is not None:
+        RunDirectory(out, config, resume=True)
+        return done
+    console = console or Console(stderr=True, quiet=True)
+    if config.engine.name == "flower" and grid is None:
+        return _run_flower(config, out, resume, console)
+    prepared = plan(config)
+    directory = RunDirectory(out, config, resume=resume, label=label)
+    title = (label or {}).get("label") or config.method or config.objective.name
+    with _progress(console) as progress, _recorded_failure(directory):
+        bar = ProgressBar(progress, f"{title} seed {config.seed}")
+        if grid is not None:
+            summary = Server(prepared, grid, directory, [bar]).run()
+        else:
+            with open_grid(config) as own:
+                summary = Server(prepared, own, directory, [bar]).run()
+    summary |= label or {}
+    directory.finish(summary)
+    return summary
+
+
+def _progress(console: Console) -> Progress:
+    return Progress(
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[note]}"),
+        console=console,
+        transient=True,
+    )
+
+
+@contextmanager
+def _recorded_failure(directory: RunDirectory) -> Iterator[None]:
+    """Leave a summary behind that says how the run ended, if it did not end well."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        _note(directory, "interrupted", "stopped by the user")
+        raise Interrupted("interrupted", where=str(directory.path), remedy="go on with --resume") from None
+    except OSError as error:
+        raise RunError(
+            f"cannot write: {error.strerror or error}",
+            where=str(directory.path),
+            remedy="free space or choose another --out",
+        ) from error
+    except Exception as error:
+        _note(directory, "failed", str(error))
+        raise
+
+
+def _note(directory: RunDirectory, status: str, reason: str) -> None:
+    config = directory.config
+    write_json(
+        directory.path / "summary.json",
+        {"status": status, "reason": reason, "method": config.method or "custom", "seed": config.seed},
+    )
+
+
+def _run_flower(config: Config, out: Path, resume: bool, console: Console) -> dict[str, Any]:
+    """Hand the run to Flower's own simulation; the server app writes the same directory."""
+    from fedmm.engines.flower import run_flower
+
+    directory = RunDirectory(out, config, resume=resume)
+    out = out.resolve()
+    run_config = {"config": str(out / "config.yaml"), "out": str(out), "set": "", "resume": True}
+    with _recorded_failure(directory):
+        run_flower(run_config, config.scenario.clients, config.engine.workers, out / "flower.log")
+    summary = read_summary(out)
+    if summary is None:
+        raise RunError("Flower ended without a summary", where=str(out / "flower.log"), remedy="read this log")
+    return summary

@@ -1,0 +1,16 @@
+"""The client's part of a configuration, as text: the server sends it with every task, and clients key on it."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from fedmm.config.schema import Config
+
+_CLIENT_KEYS = ("data", "scenario", "model", "objective", "train", "faults", "seed")
+
+
+def client_spec(config: Config) -> str:
+    """The keys that clients need, as canonical JSON."""
+    full: dict[str, Any] = config.model_dump(mode="json")
+    return json.dumps({key: full[key] for key in _CLIENT_KEYS}, sort_keys=True)

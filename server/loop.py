@@ -1,0 +1,340 @@
+"""The round loop: select -> send -> collect -> admit -> aggregate -> evaluate -> checkpoint -> notify."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from flwr.serverapp import Grid
+
+from fedmm import seeding
+from fedmm.config.schema import TrainConfig
+from fedmm.io.checkpoint import Checkpoint, save_checkpoint
+from fedmm.io.files import weights_sha256
+from fedmm.io.run_directory import Row, RunDirectory
+from fedmm.models import blocks_of
+from fedmm.models.blocks import block_of, serves
+from fedmm.types import Tensors
+from fedmm.wire import Task
+from server.admission import Refusal, admit
+from server.aggregation import Update, merge_reports
+from server.callbacks import Callback, RoundReport
+from server.knowledge import KNOWLEDGE, Knowledge
+from server.measure import figure_rows, figures, fit_probes
+from server.plan import Plan
+from server.policy import Event, Policy
+from server.selection import Pick, Situation
+from server.session import Parcel, Session
+
+
+def learning_rate(train: TrainConfig, round: int) -> float:
+    """Local learning rate of a round (from 1): constant, or the papers' hold and linear decay."""
+    if train.lr_schedule == "constant" or round <= train.lr_hold:
+        return train.lr
+    return train.lr - (train.lr - train.lr_min) * round / train.rounds
+
+
+class Server:
+    """One federated run on any grid.
+
+    Args:
+        plan: What to run.
+        grid: Where clients are.
+        directory: Where results go, and the checkpoint to go on from.
+        callbacks: Who is told.
+    """
+
+    def __init__(self, plan: Plan, grid: Grid, directory: RunDirectory, callbacks: Sequence[Callback] = ()) -> None:
+        self.plan, self.config = plan, plan.config
+        self.directory, self.callbacks = directory, tuple(callbacks)
+        self.session = Session(grid, plan.spec, plan.config.scenario.clients, self._replied)
+        self.policy = Policy(plan.config.policy)
+        self.model: Tensors = {n: t.detach().clone() for n, t in plan.model.state_dict().items()}
+        self.state: Tensors = {}
+        self.knowledge: dict[str, Knowledge] = {}
+        self.best: tuple[float, int, Tensors] = (-1.0, 0, {})
+        self.totals: dict[str, float] = dict.fromkeys(
+            ("bytes_up", "bytes_down", "replies_expected", "replies_used", "seconds"), 0
+        )
+
+    def run(self) -> dict[str, Any]:
+        """Run all rounds that are left, test once, and return the summary.
+
+        Raises:
+            RunError: Clients are missing, or a round fell short under a strict policy.
+        """
+        began = time.monotonic() - self._connect()
+        self._tell("started", self.round + 1, self.config.train.rounds)
+        if self.round < 0:
+            self._bootstrap()
+        validation: dict[str, Any] | None = None
+        while self.round < self.config.train.rounds:
+            start = time.monotonic()
+            rows, validation = self._round(self.round + 1)
+            self.totals["seconds"] = time.monotonic() - began
+            self._close_round(self.round + 1, rows)
+            self._tell(
+                "finished_round",
+                RoundReport(self.round, self.config.train.rounds, rows, validation, time.monotonic() - start),
+            )
+        summary = self._finish(began)
+        self._tell("ended", summary)
+        return summary
+
+    # -- beginning ----------------------------------------------------------------------------------------------
+
+    def _connect(self) -> float:
+        """Meet the clients, take up the checkpoint; return the seconds that earlier sessions spent."""
+        self.federates, hellos = self.session.connect(self.plan.dataset.modalities)
+        self._sizes = {
+            split: {k: sum(h.info["class_counts"][split]) for k, h in hellos.items()}
+            for split in ("train", "val", "test")
+        }
+        for name in sorted(self._wanted()):
+            self.knowledge[name] = KNOWLEDGE[name](self.federates)
+        self.state = self.plan.strategy.begin(self.model, self.federates)
+        self.round = -1 if any(k.bootstrap for k in self.knowledge.values()) else 0
+        if self.directory.checkpoint is not None:
+            self._restore(self.directory.checkpoint)
+        counts = {s: [hellos[k].info["class_counts"][s] for k in sorted(hellos)] for s in self._sizes}
+        self.directory.update_manifest(
+            {
+                "data": {"name": self.plan.dataset.name, "sha256": self.plan.dataset.sha256},
+                "federation": {
+                    "classes": list(self.plan.dataset.classes),
+                    "modalities": list(self.federates.modalities),
+                    "owned": [list(o) for o in self.federates.owned],
+                    "class_counts": counts,
+                },
+            }
+        )
+        return self.totals["seconds"]
+
+    def _wanted(self) -> frozenset[str]:
+        return self.plan.objective.knowledge() | self.plan.selector.knowledge() | self.plan.strategy.needs
+
+    def _bootstrap(self) -> None:
+        """Round 0: every client reports on the initial model and trains one epoch; the model does not move."""
+        picks = [
+            Pick(k, self.federates.owned[k]) for k in range(len(self.federates.owned)) if self.federates.samples[k]
+        ]
+        updates = self._collect(picks, 0, epochs=1)
+        if self.policy.enough(len(picks), len(updates), 0):
+            for known in self.knowledge.values():
+                known.learn(self.model, updates)
+        self._close_round(0, [])
+
+    # -- one round ----------------------------------------------------------------------------------------------
+
+    def _round(self, round: int) -> tuple[list[Row], dict[str, Any] | None]:
+        self.session.traffic.down.clear()
+        self.session.traffic.up.clear()
+        picks = self._select(round)
+        updates = self._collect(picks, round, self.config.train.local_epochs)
+        self.totals["replies_expected"] += len(picks)
+        rows = self._training_rows(round, updates)
+        if self.policy.enough(len(picks), len(updates), round):
+            sent = self.model
+            self.model, self.state = self.plan.strategy.aggregate(
+                sent, updates, self.state, self.config.policy.min_owners
+            )
+            for known in self.knowledge.values():
+                known.learn(sent, updates)
+            self.totals["replies_used"] += len(updates)
+        for known in self.knowledge.values():
+            rows += [Row(round, "train", "global", None, m, n, v) for (m, n), v in known.metrics().items()]
+        validation = None
+        if round % self.config.evaluate.every == 0 or round == self.config.train.rounds:
+            validation = self._evaluate(self.model, "val", round)
+            rows += figure_rows(round, "val", validation)
+            if validation["accuracy"] > self.best[0] and self.config.evaluate.choose == "best":
+                self.best = (validation["accuracy"], round, self.model)
+        return rows + self._traffic_rows(round), validation
+
+    def _select(self, round: int) -> list[Pick]:
+        candidates = tuple(k for k, n in enumerate(self.federates.samples) if n > 0 and self.policy.allowed(k, round))
+        situation = Situation(round, candidates, self.federates, self.knowledge, lambda ks: self._losses(ks, round))
+        rng = seeding.numpy_rng(self.config.seed, "selection", round)
+        return self.plan.selector.select(situation, self.config.train.clients_per_round, rng)
+
+    def _collect(self, picks: Sequence[Pick], round: int, epochs: int) -> list[Update]:
+        """Ask, admit, ask again as the policy says; updates sorted by client."""
+        parcel = Parcel(self.model, self._broadcast())
+        requests = tuple(sorted({r for k in self.knowledge.values() for r in k.requests}))
+        lr = learning_rate(self.config.train, max(round, 1))
+        updates: list[Update] = []
+        pending = sorted(picks, key=lambda p: p.client)
+        attempt = 0
+        while pending:
+            tasks = [
+                Task("", round, p.client, p.modalities, requests, epochs=epochs, lr=lr, attempt=attempt)
+                for p in pending
+            ]
+            owned = [self.federates.owned[p.client] for p in pending]
+            again: list[Pick] = []
+            replies = self.session.ask("train", tasks, parcel, owned, self.config.policy.deadline_s)
+            for pick, (task, message) in zip(pending, replies, strict=True):
+                if message is None:
+                    self.policy.late(pick.client, round)
+                    continue
+                result = admit(
+                    message,
+                    task,
+                    self._expected(pick.modalities),
+                    self.federates.owned[pick.client],
+                    self.config.policy.max_update_norm,
+                )
+                if isinstance(result, Refusal):
+                    if self.policy.refused(result, round, attempt):
+                        again.append(pick)
+                    continue
+                self.policy.admitted(pick.client)
+                self.session.count_up(result.report, result.model)
+                updates.append(result)
+            pending, attempt = again, attempt + 1
+        return sorted(updates, key=lambda u: u.client)
+
+    def _expected(self, modalities: tuple[str, ...]) -> Tensors:
+        """Tensors that a client returns which trains these modalities."""
+        blocks = set(self.plan.objective.trained_blocks(blocks_of(self.model), modalities))
+        return {n: t for n, t in self.model.items() if block_of(n) in blocks and serves(n, modalities)}
+
+    def _broadcast(self) -> Tensors:
+        wanted = self.plan.objective.knowledge()
+        known = {n: t for k in sorted(wanted) for n, t in self.knowledge[k].broadcast().items()}
+        return known | self.plan.strategy.broadcast(self.state)
+
+    # -- measuring ----------------------------------------------------------------------------------------------
+
+    def _query(
+        self, kind: str, split: str, round: int, model: Tensors, broadcast: Tensors, requests: tuple[str, ...]
+    ) -> Tensors:
+        """Merged sums of all clients that have samples in the split."""
+        parcel = Parcel(model, broadcast)
+        tasks = [Task("", round, k, requests=requests, split=split) for k, n in self._sizes[split].items() if n]
+        complete = split != "train" and self.config.scenario.modalities.heldout == "complete"
+        owned = [self.federates.modalities if complete else self.federates.owned[t.client] for t in tasks]
+        good, bad = self.session.read(self.session.ask(kind, tasks, parcel, owned, self.config.policy.deadline_s))
+        for refusal in bad:
+            self.policy.events.append(
+                Event(round, refusal.kind, refusal.client, refusal.reason, f"not in {split} figures")
+            )
+        return merge_reports([report for _, report in good])
+
+    def _evaluate(self, model: Tensors, split: str, round: int, probes: Tensors | None = None) -> dict[str, Any]:
+        return figures(self._query("evaluate", split, round, model, probes or {}, ()), self.federates.modalities)
+
+    def _losses(self, clients: Sequence[int], round: int) -> Mapping[int, float]:
+        """Mean loss of the global model on the training data of some clients (power-of-choice)."""
+        parcel = Parcel(self.model)
+        tasks = [Task("", round, k, split="train") for k in clients]
+        owned = [self.federates.owned[k] for k in clients]
+        good, _ = self.session.read(self.session.ask("evaluate", tasks, parcel, owned))
+        return {h.client: float(r["loss"] / r["count"]) for h, r in good}
+
+    def _training_rows(self, round: int, updates: Sequence[Update]) -> list[Row]:
+        total = sum(u.samples for u in updates)
+        rows = [Row(round, "train", "global", None, "fused", "lr", learning_rate(self.config.train, round))]
+        if total:
+            loss = sum(u.loss * u.samples for u in updates) / total
+            rows.append(Row(round, "train", "global", None, "fused", "loss", loss))
+        for m in self.federates.modalities:
+            trained = float(sum(m in u.modalities for u in updates))
+            rows.append(Row(round, "train", "global", None, m, "clients_trained", trained))
+        for u in updates:
+            rows += [Row(round, "train", "client", u.client, m, "selected", 1.0) for m in u.modalities]
+            rows.append(Row(round, "train", "client", u.client, "fused", "samples", float(u.samples)))
+            rows.append(Row(round, "train", "client", u.client, "fused", "loss", u.loss))
+        return rows
+
+    def _traffic_rows(self, round: int) -> list[Row]:
+        rows = []
+        for metric, parts in (("bytes_down", self.session.traffic.down), ("bytes_up", self.session.traffic.up)):
+            rows += [Row(round, "train", "block", None, block, metric, float(n)) for block, n in sorted(parts.items())]
+        return rows
+
+    # -- keeping ------------------------------------------------------------------------------------------------
+
+    def _close_round(self, round: int, rows: list[Row]) -> None:
+        """Record, checkpoint, and only then count the round as done."""
+        if round == 0:
+            rows = self._traffic_rows(0)
+        self.totals["bytes_up"] += sum(self.session.traffic.up.values())
+        self.totals["bytes_down"] += sum(self.session.traffic.down.values())
+        self.directory.append(rows)
+        self.directory.update_manifest({"events": [e.record() for e in self.policy.events]})
+        if round % self.config.checkpoint.every == 0 or round == self.config.train.rounds:
+            save_checkpoint(self.directory.checkpoints, self._checkpoint(round), self.config.checkpoint.keep)
+        self.round = round
+
+    def _checkpoint(self, round: int) -> Checkpoint:
+        tensors = {f"model/{n}": t for n, t in self.model.items()}
+        tensors |= {f"strategy/{n}": t for n, t in self.state.items()}
+        for kind, known in self.knowledge.items():
+            tensors |= {f"knowledge/{kind}/{n}": t for n, t in known.tensors.items()}
+        tensors |= {f"best/{n}": t for n, t in self.best[2].items()}
+        values = {"totals": self.totals, "best": list(self.best[:2]), "policy": self.policy.state()}
+        return Checkpoint(round, tensors, values)
+
+    def _restore(self, checkpoint: Checkpoint) -> None:
+        def part(prefix: str) -> Tensors:
+            return {n.removeprefix(prefix): t for n, t in checkpoint.tensors.items() if n.startswith(prefix)}
+
+        self.model, self.state = part("model/"), part("strategy/")
+        for kind, known in self.knowledge.items():
+            known.tensors = part(f"knowledge/{kind}/")
+        score, round = checkpoint.values["best"]
+        self.best = (score, round, part("best/"))
+        self.totals = dict(checkpoint.values["totals"])
+        self.policy.restore(checkpoint.values["policy"])
+        self.round = checkpoint.round
+
+    def _finish(self, began: float) -> dict[str, Any]:
+        """Meet the test data, once, with the chosen model."""
+        config, rounds = self.config, self.config.train.rounds
+        chosen = self.best[1] if config.evaluate.choose == "best" else rounds
+        model = self.best[2] if config.evaluate.choose == "best" else self.model
+        probes = {}
+        if config.evaluate.probe:
+            sums = self._query("query.statistics", "train", rounds, model, {}, ("moments",))
+            probes = fit_probes(sums, self.federates.modalities)
+        validation = self._evaluate(model, "val", rounds, probes)
+        test = self._evaluate(model, "test", rounds, probes)
+        self.directory.append(figure_rows(rounds, "test", test))
+        self.directory.update_manifest({"events": [e.record() for e in self.policy.events]})
+        short = self.totals["replies_used"] < self.totals["replies_expected"]
+        gap = test.pop("modality_gap")
+        validation.pop("modality_gap")
+        return {
+            "status": "degraded" if short else "completed",
+            "method": config.method or "custom",
+            "data": self.plan.dataset.name,
+            "seed": config.seed,
+            "rounds": rounds,
+            "chosen_round": chosen,
+            "val": validation,
+            "test": test,
+            "modality_gap": gap,
+            "bytes_up": int(self.totals["bytes_up"]),
+            "bytes_down": int(self.totals["bytes_down"]),
+            "seconds": round_seconds(time.monotonic() - began),
+            "replies_expected": int(self.totals["replies_expected"]),
+            "replies_used": int(self.totals["replies_used"]),
+            "events": len(self.policy.events),
+            "weights_sha256": weights_sha256(self.model),
+            "engine": config.engine.name,
+            "parameters": sum(t.numel() for t in self.model.values()),
+        }
+
+    def _replied(self, done: int, asked: int) -> None:
+        self._tell("replied", done, asked)
+
+    def _tell(self, what: str, *args: Any) -> None:
+        for callback in self.callbacks:
+            getattr(callback, what)(*args)
+
+
+def round_seconds(seconds: float) -> float:
+    """Seconds to the millisecond."""
+    return round(seconds, 3)

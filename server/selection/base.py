@@ -1,0 +1,76 @@
+"""The contract of selection: which clients train, and which of their modalities."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from server.knowledge import Federates, Knowledge
+
+
+@dataclass(frozen=True)
+class Pick:
+    """One client, and the modalities that it shall train."""
+
+    client: int
+    modalities: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Situation:
+    """What a selector sees in a round.
+
+    Attributes:
+        round: From 1.
+        candidates: Clients that may be picked, sorted.
+        federates: Modalities, owners, sample counts.
+        knowledge: The kinds of knowledge that the selector asked for.
+        losses: Asks clients for the global model's mean loss on their training data (costs messages).
+    """
+
+    round: int
+    candidates: tuple[int, ...]
+    federates: Federates
+    knowledge: Mapping[str, Knowledge]
+    losses: Callable[[Sequence[int]], Mapping[int, float]]
+
+    def everything(self, client: int) -> Pick:
+        """The client with all modalities that it owns."""
+        return Pick(client, self.federates.owned[client])
+
+
+@dataclass(frozen=True)
+class Selector:
+    """Base of all selectors: subclasses are frozen dataclasses whose fields are the parameters.
+
+    Class attributes:
+        needs: Knowledge to decide by.
+        least_modalities: Fewest modalities for which the selector means anything.
+    """
+
+    needs: ClassVar[frozenset[str]] = frozenset()
+    least_modalities: ClassVar[int] = 1
+
+    def knowledge(self) -> frozenset[str]:
+        """Knowledge wanted with these parameters."""
+        return self.needs
+
+    def select(self, situation: Situation, count: int, rng: np.random.Generator) -> list[Pick]:
+        """Pick `count` different candidates (all, if there are fewer).
+
+        Args:
+            situation: What is known in this round.
+            count: m, how many clients to pick.
+            rng: The round's own stream; the only source of randomness.
+        """
+        raise TypeError(f"{type(self).__name__} selects nothing")
+
+
+def draw(rng: np.random.Generator, pool: Sequence[int], size: int) -> list[int]:
+    """`size` different elements of `pool`, uniformly (all of it, in order, if it is no larger)."""
+    if size >= len(pool):
+        return list(pool)
+    return [pool[i] for i in rng.choice(len(pool), size=size, replace=False)]

@@ -1,0 +1,27 @@
+"""Uniform selection without replacement: FedAvg's.
+
+Clients are drawn one after another, so that submodular selection with one random candidate a step draws the very
+same clients from the same stream.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from server.selection.base import Pick, Selector, Situation, draw
+
+
+@dataclass(frozen=True)
+class Uniform(Selector):
+    """m clients uniformly without replacement, each with all its modalities."""
+
+    def select(self, situation: Situation, count: int, rng: np.random.Generator) -> list[Pick]:
+        """See `Selector.select`."""
+        pool, picks = list(situation.candidates), []
+        for _ in range(min(count, len(pool))):
+            (client,) = draw(rng, pool, 1)
+            pool.remove(client)
+            picks.append(situation.everything(client))
+        return picks
