@@ -8,6 +8,7 @@ import importlib.metadata
 import json
 import sys
 from collections.abc import Mapping
+from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -120,14 +121,10 @@ def compare(
     path, changes = _arguments(config, overrides)
     comparison = load_compare(path, changes)
     target = out or Path("runs") / (Path(path).stem if path else "compare")
-    from experiments import report as reports
     from experiments import sweep
 
-    console = Console()
-    sweep.compare(comparison, target, jobs=jobs, console=console)
-    written = reports.write_report([target], target)
-    reports.print_table([target], console)
-    console.print(f"Report: {written}", soft_wrap=True)
+    sweep.compare(comparison, target, jobs=jobs, console=Console(stderr=True))
+    _report([target], target)
 
 
 @app.command()
@@ -136,12 +133,7 @@ def report(
     out: OutOption = None,
 ) -> None:
     """Write report.html and the tables for finished runs."""
-    from experiments import report as reports
-
-    console = Console()
-    written = reports.write_report(directories, out or directories[0])
-    reports.print_table(directories, console)
-    console.print(f"Report: {written}", soft_wrap=True)
+    _report(directories, out or directories[0])
 
 
 @app.command("list")
@@ -199,9 +191,12 @@ def data_build(
 @data_app.command("card")
 def data_card(name: NameArgument) -> None:
     """Print a data set's card: source, licence, construction, known limits."""
-    from fedmm.data import data_card
+    from fedmm.data import DATASETS
 
-    typer.echo(data_card(_data(name, None)))
+    dataset = _data(name, None).name
+    if dataset not in DATASETS:
+        raise ConfigError(f'there is no card of "{dataset}"', where="data card", remedy=nearest(dataset, DATASETS))
+    typer.echo(files("fedmm.data").joinpath("embedded", "cards", f"{dataset}.md").read_text(encoding="utf-8"))
 
 
 @data_app.command("preview")
@@ -212,6 +207,15 @@ def data_preview(name: NameArgument, overrides: OverridesArgument = None) -> Non
     console = Console()
     for table in preview(_data(name, overrides)):
         console.print(table, "")
+
+
+def _report(directories: list[Path], out: Path) -> None:
+    from experiments import report as reports
+
+    console = Console()
+    written = reports.write_report(directories, out)
+    reports.print_table(written.study, written.table, console)
+    console.print(f"Report: {written.html}", soft_wrap=True)
 
 
 def _arguments(config: str | None, overrides: list[str] | None) -> tuple[str | None, list[str]]:
@@ -237,8 +241,9 @@ def _run_name(config: Config) -> str:
 
 
 def _description(entry: object) -> str:
-    text = str(getattr(entry, "description", None) or getattr(entry, "__doc__", None) or "")
-    return text.strip().partition("\n")[0]
+    text = entry if isinstance(entry, str) else str(getattr(entry, "description", None) or entry.__doc__ or "")
+    presets = ", ".join(getattr(entry, "presets", ()))
+    return text.strip().partition("\n")[0] + (f"; presets: {presets}" if presets else "")
 
 
 def _summary_table(summary: Mapping[str, Any]) -> Table:

@@ -36,7 +36,8 @@ def failure(error: BaseException) -> tuple[str, int]:
         return "interrupted", Interrupted.exit_code
     if isinstance(error, OSError):
         place = f"{error.filename}: " if error.filename else ""
-        remedy = "is the directory writable, and is there space left? --out names another"
+        missing = isinstance(error, FileNotFoundError)
+        remedy = "check the path" if missing else "is it writable, with space left? --out names another directory"
         return f"{place}{error.strerror or error} ({remedy})", FedmmError.exit_code
     kind = type(error).__name__
     return f"unexpected error: {kind}: {error}; set FEDMM_DEBUG=1 for the trace, please report", FedmmError.exit_code

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
-from rich.table import Table
+from rich.table import Column, Table
 
 from fedmm.config.schema import DataConfig
 from fedmm.data import load_dataset
@@ -29,7 +29,7 @@ def preview(config: DataConfig) -> list[Table]:
     for label, name in enumerate(data.classes):
         splits.add_row(name, *(str(counts[split][label]) for split in SPLITS))
     splits.add_row("all", *(str(counts[split].sum()) for split in SPLITS), style="bold")
-    facts = Table("fact", "value", box=None)
+    facts = Table("fact", Column("value", overflow="fold"), box=None)
     facts.add_row("units", str(len(np.unique(data.unit))))
     facts.add_row("natural clients", str(len(data.natural_names)))
     facts.add_row("sha256", data.sha256)

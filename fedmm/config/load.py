@@ -130,7 +130,7 @@ def load_compare(path: Path | str | None, overrides: Sequence[str] = ()) -> Comp
     if "methods" in given and "baseline" not in given and chosen.get("baseline") not in methods:
         chosen.pop("baseline", None)
     baseline = chosen.get("baseline", next(iter(methods)))
-    if baseline not in methods:
+    if baseline not in list(methods):
         raise ConfigError(
             f"{shown(baseline)} is none of the methods", where="baseline", remedy=nearest(str(baseline), methods)
         )
@@ -207,7 +207,7 @@ def _labelled(value: Any, known: Mapping[str, dict[str, Any]], where: str) -> di
     """Read a mapping label -> overrides, or a list of known labels."""
     if isinstance(value, list):
         for label in value:
-            if label not in known:
+            if label not in list(known):  # what YAML holds may be unhashable
                 raise ConfigError(f"{shown(label)} is not known", where=where, remedy=nearest(str(label), known))
         if len(set(value)) < len(value):
             raise ConfigError("a label stands twice", where=where, remedy="keep one of them")

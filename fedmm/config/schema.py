@@ -47,7 +47,8 @@ def _short_name(value: object) -> object:
 def _short_data(value: object) -> object:
     if isinstance(value, str):
         name, _, preset = value.partition(":")
-        return {"name": name, "preset": preset or None}
+        # A dot says that it is the user's own function, package.module:function.
+        return {"name": value, "preset": None} if "." in name else {"name": name, "preset": preset or None}
     return value
 
 
