@@ -12,12 +12,14 @@ from experiments.report.read import Run, Study
 from experiments.report.svg import (
     METHODS,
     MUTED,
+    PAIR,
     Array,
     Picture,
     canvas,
     every,
     label_axes,
     method_colour,
+    panel_width,
     short,
     style,
     to_svg,
@@ -58,6 +60,7 @@ def gap(runs: Sequence[Run], modalities: Sequence[str]) -> pd.DataFrame:
 def traffic(run: Run) -> pd.Series[float]:
     """Megabytes sent up and down until the end of each round."""
     rows = run.metrics[(run.metrics["scope"] == "block") & run.metrics["metric"].isin(["bytes_up", "bytes_down"])]
+    rows = rows.drop_duplicates(["round", "client", "modality", "metric"], keep="last")
     return rows.groupby("round")["value"].sum().cumsum() / 1e6
 
 
@@ -82,7 +85,10 @@ def modality_curves(study: Study, setting: str, prefix: str) -> list[Picture]:
     """Each modality's validation accuracy over rounds, as small multiples on one scale."""
     found: dict[str, tuple[str, dict[str, pd.DataFrame]]] = {}
     for modality in study.modalities(setting):
-        for metric, how in (("accuracy_masked", "the other modalities masked"), ("accuracy_head", "its own head")):
+        for metric, how in (
+            ("accuracy_masked", "with the other modalities masked"),
+            ("accuracy_head", "by its own head"),
+        ):
             curves = {m: series(study.of(setting, m), "val", modality, metric) for m in study.methods}
             if any(len(c) for c in curves.values()):
                 found[modality] = how, curves
@@ -98,7 +104,8 @@ def modality_curves(study: Study, setting: str, prefix: str) -> list[Picture]:
             "validation accuracy, %",
             scale=100,
             limits=limits,
-            caption=f"Validation accuracy of {modality} by {how}.",
+            width=panel_width(len(found)),
+            caption=f"Validation accuracy of {modality} {how}.",
         )
         for at, (modality, (how, curves)) in enumerate(found.items())
     ]
@@ -110,6 +117,11 @@ def imbalance_curves(study: Study, setting: str, prefix: str) -> list[Picture]:
     modalities = study.modalities(setting)
     ratio = {m: series(study.of(setting, m), "train", "fused", "imbalance_ratio") for m in study.methods}
     gaps = {m: gap(study.of(setting, m), modalities) for m in study.methods}
+    spreads = {
+        m: {label: series(study.of(setting, label), "train", m, "feature_std") for label in study.methods}
+        for m in modalities
+    }
+    width = panel_width(sum(any(len(c) for c in curves.values()) for curves in (ratio, gaps, *spreads.values())))
     pictures = [
         _curves(
             study,
@@ -118,6 +130,7 @@ def imbalance_curves(study: Study, setting: str, prefix: str) -> list[Picture]:
             "Imbalance ratio",
             "ratio",
             level=1.0,
+            width=width,
             caption="Imbalance ratio that the clients report, where the method measures it; 1 is balance.",
         ),
         _curves(
@@ -128,22 +141,23 @@ def imbalance_curves(study: Study, setting: str, prefix: str) -> list[Picture]:
             "points",
             scale=100,
             level=0.0,
+            width=width,
             caption="Strongest minus weakest modality, by masked validation accuracy.",
         ),
     ]
-    for at, modality in enumerate(modalities):
-        spread = {m: series(study.of(setting, m), "train", modality, "feature_std") for m in study.methods}
-        pictures.append(
-            _curves(
-                study,
-                spread,
-                f"{prefix}-std{at}",
-                f"Feature spread, {modality}",
-                "standard deviation",
-                level=0.0,
-                caption=f"Mean standard deviation of the {modality} encoder's features; 0 means collapse.",
-            )
+    pictures += [
+        _curves(
+            study,
+            curves,
+            f"{prefix}-std{at}",
+            f"Feature spread, {modality}",
+            "standard deviation",
+            level=0.0,
+            width=width,
+            caption=f"Mean standard deviation of the {modality} encoder's features; 0 means collapse.",
         )
+        for at, (modality, curves) in enumerate(spreads.items())
+    ]
     return [p for p in pictures if p]
 
 
@@ -184,13 +198,14 @@ def _curves(
     limits: tuple[float, float] | None = None,
     level: float | None = None,
     references: Mapping[str, float] | None = None,
+    width: float = PAIR,
 ) -> Picture | None:
     curves = {m: c.dropna(how="all") for m, c in curves.items() if len(c.dropna(how="all"))}
     if not curves:
         return None
     slot = slots(study)
     with style():
-        figure, axes = canvas()
+        figure, axes = canvas(width, 0.62 * width)
         last = []
         for method, curve in curves.items():
             curve = scale * curve.loc[every(list(curve.index))]

@@ -88,7 +88,7 @@ def _difference(study: Study, row: Mapping[Any, Any]) -> Finding:
             "so this is no evidence of a difference.",
             "none",
         )
-    after = f"p = {p_value(row['p_holm'])} after Holm's correction, {row['diff_pairs']} seeds".replace("= <", "<")
+    after = f"p = {p_value(row['p_holm'])} after Holm's correction, {row['diff_pairs']:.0f} seeds".replace("= <", "<")
     if row["verdict"] in ("above", "below"):
         return Finding(f"{label} is {way} {_bounds(row, 'diff')} on {setting} ({after}).", row["verdict"])
     return Finding(

@@ -16,6 +16,7 @@ from experiments.report.read import Run, Study
 from experiments.report.svg import (
     INK,
     MUTED,
+    PAIR,
     PAPER,
     Array,
     Picture,
@@ -23,6 +24,7 @@ from experiments.report.svg import (
     label_axes,
     method_colour,
     modality_colour,
+    panel_width,
     rectangles,
     short,
     style,
@@ -33,29 +35,28 @@ from experiments.report.svg import (
 def selection(study: Study, setting: str, prefix: str) -> list[Picture]:
     """For each method: which client trained which modality in which round, for the first seed that has it."""
     modalities = study.modalities(setting)
-    pictures = []
-    for at, method in enumerate(study.methods):
-        for run in study.of(setting, method):
-            rows = run.metrics[(run.metrics["scope"] == "client") & (run.metrics["metric"] == "selected")]
-            rows = rows[(rows["value"] > 0) & rows["modality"].isin(modalities)]
-            if len(rows):
-                pictures.append(_selection(run, rows, modalities, f"{prefix}-{at}"))
-                break
-    return pictures
+    found: dict[str, tuple[Run, pd.DataFrame]] = {}
+    for run in study.of(setting):
+        rows = run.metrics[(run.metrics["scope"] == "client") & (run.metrics["metric"] == "selected")]
+        rows = rows[(rows["value"] > 0) & rows["modality"].isin(modalities)]
+        if len(rows):
+            found.setdefault(run.label, (run, rows))
+    width = panel_width(len(found))
+    return [_selection(run, rows, modalities, f"{prefix}-{at}", width) for at, (run, rows) in enumerate(found.values())]
 
 
-def _selection(run: Run, rows: pd.DataFrame, modalities: Sequence[str], prefix: str) -> Picture:
+def _selection(run: Run, rows: pd.DataFrame, modalities: Sequence[str], prefix: str, width: float) -> Picture:
     owned = _owned(run)
     clients = max(int(rows["client"].max()) + 1, len(owned))
     first, last = int(rows["round"].min()), int(run.metrics["round"].max())
     strip = 0.86 / len(modalities)
     with style():
-        figure, axes = canvas(400, min(110 + 9 * clients, 460))
+        figure, axes = canvas(width, min(100 + 7.5 * clients, 440))
         for at, modality in enumerate(modalities):
             offset = (at + 0.5) * strip - 0.43
             owners = np.array([k for k, names in enumerate(owned) if modality in names], dtype=np.float64)
-            middle, width = np.full(len(owners), (first + last) / 2), np.full(len(owners), last - first + 1.0)
-            rectangles(axes, middle, owners + offset, width, np.full(len(owners), strip), modality_colour(at), 0.13)
+            middle, span = np.full(len(owners), (first + last) / 2), np.full(len(owners), last - first + 1.0)
+            rectangles(axes, middle, owners + offset, span, np.full(len(owners), strip), modality_colour(at), 0.13)
             mine = rows[rows["modality"] == modality]
             x, y = mine["round"].to_numpy(np.float64), mine["client"].to_numpy(np.float64) + offset
             rectangles(axes, x, y, np.full(len(x), 0.86), np.full(len(x), strip), modality_colour(at))
@@ -87,7 +88,7 @@ def _partition(run: Run, counts: Array, names: list[str], modalities: Sequence[s
     owned = _owned(run)
     totals = counts.sum(axis=1)
     with style():
-        figure = Figure(figsize=(400 / 96, min(130 + 11 * clients, 560) / 96), dpi=96, layout="constrained")
+        figure = Figure(figsize=(PAIR / 96, min(130 + 11 * clients, 560) / 96), dpi=96, layout="constrained")
         ratios = [0.16 * max(len(modalities), 1) / 2, 1, 0.22]
         left, middle, right = figure.subplots(1, 3, sharey=True, width_ratios=ratios)
         for at, modality in enumerate(modalities):
@@ -135,7 +136,7 @@ def differences(study: Study, table: pd.DataFrame, prefix: str) -> Picture | Non
     settings = [s for s in study.settings if s in set(rows["setting"])]
     heights, ticks, at = [], [], 0.0
     with style():
-        figure, axes = canvas(400, 70 + 15 * len(rows) + 12 * len(settings))
+        figure, axes = canvas(PAIR, 70 + 15 * len(rows) + 12 * len(settings))
         for setting in settings:
             start = at
             for _, row in rows[rows["setting"] == setting].iterrows():

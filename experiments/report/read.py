@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -149,14 +148,15 @@ def read_study(directories: Sequence[Path]) -> Study:
 
 
 def _apart(parts: list[Study]) -> list[Study]:
-    """Give single runs that share setting, method and seed labels of their own, named after their directories."""
-    count = Counter((r.setting, r.label, r.seed) for part in parts for r in part.runs)
+    """Give a single run whose setting, method and seed came before a label of its own, with its directory in it."""
+    seen: set[tuple[str, str, int]] = set()
     result = []
     for part in parts:
-        run = part.runs[0] if len(part.runs) == 1 else None
-        if run is not None and count[run.setting, run.label, run.seed] > 1:
+        run = part.runs[0]
+        if len(part.runs) == 1 and (run.setting, run.label, run.seed) in seen:
             run = replace(run, label=f"{run.label} ({run.path})")
             part = replace(part, methods=(run.label,), runs=(run,))
+        seen.update((run.setting, run.label, run.seed) for run in part.runs)
         result.append(part)
     return result
 

@@ -90,7 +90,16 @@ def style() -> AbstractContextManager[None]:
     )
 
 
-def canvas(width: float = 400, height: float = 260) -> tuple[Figure, Axes]:
+PAIR, TRIO = 440.0, 340.0
+"""Widths of a figure in CSS pixels where two or three stand side by side; they keep the text's size even."""
+
+
+def panel_width(count: int) -> float:
+    """The width of each of `count` figures of a gallery (the page's template lays them out by the same rule)."""
+    return PAIR if count in (1, 2, 4) else TRIO
+
+
+def canvas(width: float, height: float) -> tuple[Figure, Axes]:
     """An empty figure of the given size in CSS pixels with one pair of axes."""
     figure = Figure(figsize=(width / 96, height / 96), dpi=96, layout="constrained")
     return figure, figure.subplots()
@@ -122,18 +131,21 @@ def to_svg(figure: Figure, *, prefix: str, alt: str) -> Markup:
     box = re.search(r'viewBox="([^"]+)"', body)
     body = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->|<style.*?</style>", "", body[body.index(">") + 1 :], flags=re.S)
     # Tags only: between them stands the reader's own text, which must come through as it is.
-    body = re.sub(r"<[^>]*>", lambda tag: _tag(tag.group(), prefix), body)
+    body = re.sub(r"<[^>]*>", lambda tag: _tag(tag.group()), body)
+    # Matplotlib's identifiers differ from process to process; counted ones make equal pages from equal runs.
+    for at, name in enumerate(dict.fromkeys(re.findall(r'<[^>]*\bid="([^"]*)"', body))):
+        for form in ('id="{}"', "url(#{})", 'href="#{}"'):
+            body = body.replace(form.format(name), form.format(f"{prefix}-{at}"))
     body = re.sub(r"<g>\s*</g>|<defs>\s*</defs>", "", body)
     head = f'<svg viewBox="{box.group(1) if box else ""}" role="img" aria-label="{escape(alt)}">'
     return Markup(head + re.sub(r"\s*\n\s*", "\n", body))
 
 
-def _tag(tag: str, prefix: str) -> str:
+def _tag(tag: str) -> str:
     tag = re.sub(r' transform="rotate\(-?0 [^"]*"', "", " ".join(tag.split()))
     if tag.startswith("<g "):
         tag = re.sub(r' id="[^"]*"', "", tag)
-    tag = re.sub(r'\bid="', f'id="{prefix}-', tag)
-    tag = tag.replace("url(#", f"url(#{prefix}-").replace('xlink:href="#', f'href="#{prefix}-')
+    tag = tag.replace("xlink:href=", "href=")
     # The page sets one font for text and pictures.
     tag = re.sub(r"font-family: [^;\"]+; ?", "", tag)
     for colour, variable in _VARIABLES.items():

@@ -174,10 +174,10 @@ def points(value: float, low: float = math.nan, high: float = math.nan) -> str:
 
 
 def p_value(value: float) -> str:
-    """A p-value with three decimals at most."""
+    """A p-value with three decimals, four where three would hide on which side of 0.05 it lies."""
     if math.isnan(value):
         return "–"
-    return "< 0.001" if value < 0.001 else f"{value:.3f}"
+    return "< 0.001" if value < 0.001 else f"{value:.4f}" if abs(value - 0.05) < 5e-4 else f"{value:.3f}"
 
 
 def _plain(value: float, digits: int = 1) -> str:
@@ -195,10 +195,10 @@ def _seeds(row: Any) -> str:
 
 def columns(table: pd.DataFrame, *, setting: bool) -> list[Column]:
     """The columns to show: one for each number that at least one row has; `setting` adds the setting in front."""
-    shown = [Column("setting", "Setting", lambda row: str(row["setting"]))] if setting else []
+    shown = [Column("Setting", "Setting", lambda row: str(row["setting"]))] if setting else []
     shown += [
-        Column("method", "Method or reference line", lambda row: str(row["method"])),
-        Column("accuracy %", "Fused test accuracy, mean ± 95 % interval over seeds", _share("accuracy")),
+        Column("Method", "Method or reference line", lambda row: str(row["method"])),
+        Column("Accuracy %", "Fused test accuracy, mean ± 95 % interval over seeds", _share("accuracy")),
     ]
     if "diff" not in table:
         return shown
@@ -214,9 +214,9 @@ def columns(table: pd.DataFrame, *, setting: bool) -> list[Column]:
                 "Paired t test, Holm-corrected over the methods of the setting",
                 lambda row: p_value(row["p_holm"]),
             ),
-            Column("verdict", "What the difference allows one to say", lambda row: VERDICTS[row["verdict"]]),
+            Column("Verdict", "What the difference allows one to say", lambda row: VERDICTS[row["verdict"]]),
         ]
-    shown.append(Column("macro-F1 %", "Fused test macro-F1, mean ± 95 % interval over seeds", _share("macro_f1")))
+    shown.append(Column("Macro-F1 %", "Fused test macro-F1, mean ± 95 % interval over seeds", _share("macro_f1")))
     what = {
         "probe": "linear probe on its encoder",
         "masked": "fused model, other modalities masked",
@@ -228,11 +228,11 @@ def columns(table: pd.DataFrame, *, setting: bool) -> list[Column]:
             title = f"Test accuracy of {modality} alone: {what[kind]}"
             shown.append(Column(f"{modality} ({kind}) %", title, _share(str(name))))
     shown += [
-        Column("gap", "Modality gap in points", lambda row: percent(row["modality_gap"])),
-        Column("seeds", "Seeds that reached the test", _seeds),
+        Column("Gap", "Modality gap in points", lambda row: percent(row["modality_gap"])),
+        Column("Seeds", "Seeds that reached the test", _seeds),
         Column("MB up", "Megabytes from clients to server, mean of a run", lambda row: _plain(row["mb_up"])),
         Column("MB down", "Megabytes from server to clients, mean of a run", lambda row: _plain(row["mb_down"])),
-        Column("seconds", "Wall-clock seconds, mean of a run", lambda row: _plain(row["seconds"], 0)),
+        Column("Seconds", "Wall-clock seconds, mean of a run", lambda row: _plain(row["seconds"], 0)),
     ]
     return shown
 
@@ -267,7 +267,7 @@ def to_markdown(study: Study, table: pd.DataFrame) -> str:
     for _, row in table.iterrows():
         cells = [c.text(row).replace("|", "\\|").replace("<", "&lt;").replace("\n", " ") for c in shown]
         if row["best"]:
-            at = [c.header for c in shown].index("accuracy %")
+            at = [c.header for c in shown].index("Accuracy %")
             cells[at] = f"**{cells[at]}**"
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join([*lines, "", *(f"{note}\n" for note in notes(study, table))])
@@ -293,7 +293,7 @@ def to_latex(study: Study, table: pd.DataFrame) -> str:
         last = row["setting"]
         cells = [c.text(row).translate(_TEX) for c in shown]
         if row["best"]:
-            at = [c.header for c in shown].index("accuracy %")
+            at = [c.header for c in shown].index("Accuracy %")
             cells[at] = rf"\textbf{{{cells[at]}}}"
         lines.append(" & ".join(cells) + r" \\")
     return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", ""])
@@ -305,7 +305,7 @@ def print_table(study: Study, table: pd.DataFrame, console: Console) -> None:
         block = table[table["setting"] == setting] if len(table) else table
         if not len(block):
             continue
-        shown = [c for c in columns(block, setting=False) if not c.header.startswith(("macro", "MB"))]
+        shown = [c for c in columns(block, setting=False) if not c.header.startswith(("Macro", "MB"))]
         screen = Table(title=Text(setting), title_justify="left", header_style="bold", pad_edge=False)
         for at, column in enumerate(shown):
             screen.add_column(Text(column.header), justify="left" if at == 0 else "right")
