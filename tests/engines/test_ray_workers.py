@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import ray
-from support import APP, CLIENTS, arrays, by_partition, messages, pids
+from support import APP, CLIENTS, arrays, by_partition, messages, pids, processes
 
 from fedmm.engines.inprocess import InProcessGrid
 from fedmm.engines.ray_workers import RayGrid, RayPool
@@ -194,9 +194,7 @@ def start_driver(directory, end):
 
 def living(session):
     """Commands of the living processes of a session (Ray's and the workers' included)."""
-    out = subprocess.run(["ps", "-eo", "sess=,stat=,args="], capture_output=True, text=True, check=True).stdout
-    rows = [line.split(None, 2) for line in out.splitlines()]
-    return [row[2] for row in rows if row[0] == str(session) and not row[1].startswith("Z")]
+    return [command for its_session, command in processes() if its_session == session]
 
 
 def wait_until_empty(session, seconds=30):

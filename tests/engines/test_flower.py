@@ -1,0 +1,103 @@
+"""Flower's own simulation, driven by our launcher."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+import tomllib
+from pathlib import Path
+
+import pytest
+from support import CLIENTS, arrays, by_partition, messages, processes
+
+from fedmm.engines.flower import run_flower, stage_app
+from fedmm.engines.inprocess import InProcessGrid
+from fedmm.errors import RunError
+
+HERE = Path(__file__).parent
+
+
+def test_the_staged_app_holds_the_packages_and_the_configuration(tmp_path):
+    config = {"text": 'a "quoted"\nline = é', "n": 3, "x": 1e-05, "yes": True}
+    app = stage_app(tmp_path / "app", "echo_server:app", "echo_app:app", config)
+    read = tomllib.loads((app / "pyproject.toml").read_text())["tool"]["flwr"]["app"]
+    assert read["config"] == config
+    assert read["components"] == {"serverapp": "echo_server:app", "clientapp": "echo_app:app"}
+    assert {path.name for path in app.iterdir()} == {"pyproject.toml", "fedmm", "echo_app.py", "echo_server.py"}
+    assert (app / "fedmm" / "engines" / "flower.py").exists()
+    assert {path.suffix for path in app.rglob("*") if path.is_file()} <= {".py", ".json", ".md", ".yaml", ".toml"}
+
+
+def test_a_missing_package_is_named(tmp_path):
+    with pytest.raises(RunError, match="no_such_package"):
+        stage_app(tmp_path / "app", "no_such_package.app:app", "echo_app:app", {})
+
+
+def flower_processes():
+    words = ("fedmm-flwr-", "flower-superexec", "flwr-simulation", "fedmm.engines.superlink", "ClientAppActor")
+    return {command for _, command in processes() if any(word in command for word in words)}
+
+
+def leftovers():
+    return set(Path("/tmp").glob("fedmm-flwr-*"))
+
+
+@pytest.mark.slow
+def test_same_numbers_as_in_process_and_nothing_left(tmp_path):
+    before = leftovers()
+    config = {"fail": False, "text": "", "rounds": 2, "out": str(tmp_path / "out.json")}
+    seen = []
+    run_flower(
+        "echo_server:app", "echo_app:app", config, nodes=CLIENTS, workers=2, log=tmp_path / "log", on_line=seen.append
+    )
+    here = InProcessGrid("echo_app:app", CLIENTS)
+    expected = []
+    for number in range(2):
+        replies = by_partition(here, here.send_and_receive(messages(here, record=arrays(number))))
+        expected.append({str(p): [data.hex(), calls] for p, (data, calls) in replies.items()})
+    assert json.loads((tmp_path / "out.json").read_text()) == expected
+    assert any("round 1" in line for line in seen)
+    assert "round 1" in (tmp_path / "log").read_text()
+    assert flower_processes() == set()
+    assert leftovers() == before
+
+
+@pytest.mark.slow
+def test_a_failed_run_is_an_error_with_its_reason(tmp_path):
+    config = {"fail": True, "text": "the reason", "rounds": 1, "out": ""}
+    with pytest.raises(RunError, match=r"finished:failed: .*the reason"):
+        run_flower("echo_server:app", "echo_app:app", config, nodes=2, workers=1, log=tmp_path / "log")
+    assert flower_processes() == set()
+
+
+PROGRAM = """
+import sys
+from pathlib import Path
+sys.path[:0] = {path!r}
+from fedmm.engines.flower import run_flower
+config = dict(fail=False, text="", rounds=10000, out="")
+run_flower("echo_server:app", "echo_app:app", config, nodes=2, workers=1, log=Path("log"), on_line=print)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGKILL])
+def test_an_interrupted_launcher_leaves_no_process(tmp_path, sent):
+    before = leftovers()
+    program = PROGRAM.format(path=[str(HERE), str(HERE.parents[1])])
+    launcher = subprocess.Popen(
+        [sys.executable, "-u", "-c", program], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    for line in launcher.stdout:
+        if "round 3" in line:
+            break
+    assert flower_processes()
+    launcher.send_signal(sent)
+    _, err = launcher.communicate(timeout=60)
+    assert ("KeyboardInterrupt" in err) == (sent == signal.SIGINT)
+    limit = time.monotonic() + 10
+    while flower_processes() and time.monotonic() < limit:
+        time.sleep(0.5)
+    assert flower_processes() == set()
+    assert leftovers() == before
