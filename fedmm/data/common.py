@@ -119,7 +119,7 @@ def cap_samples(dataset: Dataset, samples: int) -> Dataset:
 
 
 def keep_modalities(dataset: Dataset, modalities: list[str]) -> Dataset:
-    """The data set with these modalities, in this order (which fixes the slots).
+    """The data set with these modalities, in this order (which fixes the slots), and the samples that have one of them.
 
     Raises:
         ConfigError: An unknown or repeated modality, or none.
@@ -131,12 +131,14 @@ def keep_modalities(dataset: Dataset, modalities: list[str]) -> Dataset:
             )
     if not modalities or len(set(modalities)) != len(modalities):
         raise ConfigError("each modality must be named once, and one at least", where="data.modalities")
-    return replace(
+    kept = replace(
         dataset,
         specs={m: dataset.specs[m] for m in modalities},
         x={m: dataset.x[m] for m in modalities},
         present={m: dataset.present[m] for m in modalities},
     )
+    something = np.any([kept.present[m] for m in modalities], axis=0)
+    return kept if something.all() else select(kept, np.flatnonzero(something))
 
 
 def dataset_hash(dataset: Dataset) -> str:

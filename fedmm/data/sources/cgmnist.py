@@ -16,28 +16,31 @@ from fedmm.types import Dataset, ModalitySpec
 
 PRESETS = {"shortcut": None}
 CLASSES = tuple("0123456789")
-JITTER = 0.03
-# One colour a class, far apart in RGB.
-COLOURS = np.array(
-    [
-        [0.86, 0.08, 0.24],
-        [0.00, 0.50, 0.50],
-        [0.99, 0.91, 0.00],
-        [0.00, 0.72, 0.92],
-        [0.93, 0.57, 0.13],
-        [0.57, 0.12, 0.94],
-        [0.27, 0.94, 0.22],
-        [0.94, 0.20, 0.90],
-        [0.20, 0.20, 0.95],
-        [0.65, 0.65, 0.65],
-    ]
+JITTER_VARIANCE = 0.03
+# One colour a class, after the Coloured MNIST of Kim et al. 2019 ("Learning not to learn").
+COLOURS = (
+    np.array(
+        [
+            [220, 20, 60],
+            [0, 128, 128],
+            [253, 233, 16],
+            [0, 149, 182],
+            [237, 145, 33],
+            [145, 30, 188],
+            [70, 240, 240],
+            [250, 197, 187],
+            [210, 245, 60],
+            [128, 0, 0],
+        ]
+    )
+    / 255.0
 )
 
 
 def load(cfg: DataConfig) -> Dataset:
     """Gray view [1,28,28] and colour view [3,28,28] of the same digit, 2,000 / 500 / 1,000 images.
 
-    The colour is the class mean plus Gaussian jitter (0.03), multiplied into the digit; the class that lends its
+    The colour is the class mean plus Gaussian jitter of variance 0.03, clipped, multiplied into the digit; the class that lends its
     colour is the digit's own in training and uniformly random in validation and test.
 
     Raises:
@@ -49,7 +52,7 @@ def load(cfg: DataConfig) -> Dataset:
     y, split = digits["labels"].astype(np.int64), digits["split"].astype(np.int8)
     rng = numpy_rng(DATA_SEED, "cgmnist")
     lender = np.where(split == 0, y, rng.integers(0, len(CLASSES), len(y)))
-    colour = np.clip(COLOURS[lender] + rng.normal(0.0, JITTER, (len(y), 3)), 0.0, 1.0)
+    colour = np.clip(COLOURS[lender] + rng.normal(0.0, JITTER_VARIANCE**0.5, (len(y), 3)), 0.0, 1.0)
     gray = (digits["images"][:, None] / 255.0).astype(np.float32)
     train = split == 0
     x = {
