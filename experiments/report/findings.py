@@ -11,7 +11,7 @@ import pandas as pd
 
 from experiments.report.curves import collapsed
 from experiments.report.read import Study
-from experiments.report.table import p_value
+from experiments.report.table import p_value, points
 
 
 @dataclass(frozen=True)
@@ -43,11 +43,19 @@ def overview(study: Study, table: pd.DataFrame) -> list[Finding]:
     found: list[Finding] = []
     if len(study.settings) == 1:
         found += findings(study, table, study.settings[0])
-    elif study.baseline and len(table):
+    else:
         for label in study.methods:
             rows = table[(table["method"] == label) & (table["kind"] == "method")]
             if label != study.baseline and rows["diff"].notna().any():
                 found.append(_tally(study, label, rows))
+        lost = sum(
+            any(collapsed(run, modality) for modality in study.modalities(run.setting))
+            for run in study.runs
+            if len(run.metrics)
+        )
+        if lost:
+            text = f"An encoder collapsed in {lost} of {_count(len(study.runs), 'run')}; each setting names them."
+            found.append(Finding(text, "warning"))
     if not study.baseline and len(study.methods) > 1:
         found.append(Finding("There is no baseline among the methods, so no differences are tested.", "none"))
     short = [run for run in study.runs if not run.usable]
@@ -67,9 +75,10 @@ def what_ran(study: Study) -> str:
     """One sentence in plain words on what was run."""
     rounds = _range(study, lambda summary, _: summary.get("rounds"))
     clients = _range(study, lambda _, manifest: len((manifest.get("federation") or {}).get("owned") or []) or None)
+    few = ", ".join(study.settings)
     parts = [
-        f"{_count(len(study.methods), 'method')} ({_listed(study.methods)})",
-        f"on {_count(len(study.settings), 'setting')} ({_listed(study.settings)})",
+        f"{_count(len(study.methods), 'method')} ({', '.join(study.methods)})",
+        f"on {_count(len(study.settings), 'setting')}" + (f" ({few})" if len(study.settings) <= 4 else ""),
         f"with {_count(len(study.seeds), 'seed')}",
     ]
     scale = [f"{clients} clients" if clients else "", f"{rounds} rounds" if rounds else ""]
@@ -93,7 +102,7 @@ def _difference(study: Study, row: Mapping[Any, Any]) -> Finding:
         return Finding(f"{label} is {way} {_bounds(row, 'diff')} on {setting} ({after}).", row["verdict"])
     return Finding(
         f"No significant difference between {label} and {study.baseline} on {setting}: "
-        f"{100 * row['diff']:+.1f} points {_bounds(row, 'diff', signed=True)} ({after}).".replace("-", "−"),
+        f"{points(row['diff'])} points {_bounds(row, 'diff', signed=True)} ({after}).",
         "none",
     )
 
@@ -114,24 +123,27 @@ def _bounds(row: Mapping[Any, Any], name: str, *, signed: bool = False) -> str:
     low, high = 100 * row[f"{name}_low"], 100 * row[f"{name}_high"]
     if row[name] < 0 and not signed:
         low, high = -high, -low
-    return f"[{low:.1f}, {high:.1f}]"
+    return f"[{low:.1f}, {high:.1f}]".replace("-", "−")
 
 
 def _tally(study: Study, label: str, rows: pd.DataFrame) -> Finding:
     above, below = (int((rows["verdict"] == way).sum()) for way in ("above", "below"))
-    other = int(rows["diff"].notna().sum()) - above - below
-    mean = f"mean difference {100 * rows['diff'].mean():+.1f} points".replace("-", "−")
-    text = f"{label}: above {study.baseline} on {above} of {_count(len(rows), 'setting')}, below on {below}, "
-    tone = "above" if above > below else "below" if below > above else "none"
-    return Finding(f"{text}no significant difference on {other}; {mean}.", tone)
+    same = int(rows["verdict"].isin(["none", "holm"]).sum())
+    untested = len(rows) - above - below - same
+    weak = rows[rows["weak"].notna()]
+    up, down = (int(((weak["weak_p_holm"] < 0.05) & (sign * weak["weak"] > 0)).sum()) for sign in (1, -1))
+    text = (
+        f"{label}: above {study.baseline} on {above} of {_count(len(rows), 'setting')}, below on {below}, "
+        f"no significant difference on {same}{f', untested on {untested}' if untested else ''}; "
+        f"mean difference {points(rows['diff'].mean())} points."
+    )
+    if len(weak):
+        text += f" Weak modality significantly up on {up} of {len(weak)}, down on {down}."
+    return Finding(text, "above" if above > below else "below" if below > above else "none")
 
 
 def _count(n: int, thing: str) -> str:
     return f"{n} {thing}" + ("" if n == 1 else "s")
-
-
-def _listed(names: tuple[str, ...]) -> str:
-    return ", ".join(names)
 
 
 def _range(study: Study, get: Any) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -148,7 +149,7 @@ def differences(study: Study, table: pd.DataFrame, prefix: str) -> Picture | Non
                 axes.plot(100 * row["diff"], at, "o", color=colour, markerfacecolor=face, markersize=5.5)
                 at += 1
             heights.append((start + at - 1) / 2)
-            ticks.append(short(setting, 26))
+            ticks.append("\n".join(textwrap.wrap(short(setting, 60), 24)))
             at += 0.8
         axes.axvline(0, color=MUTED, linewidth=0.9)
         axes.set_yticks(heights, ticks)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -170,7 +171,12 @@ def points(value: float, low: float = math.nan, high: float = math.nan) -> str:
     if math.isnan(value):
         return "–"
     bounds = "" if math.isnan(low) else f" [{100 * low:.1f}, {100 * high:.1f}]"
-    return f"{100 * value:+.1f}{bounds}".replace("-", "−")
+    return f"{_signed(value)}{bounds}".replace("-", "−")
+
+
+def _signed(value: float) -> str:
+    text = f"{100 * value:+.1f}"
+    return "0.0" if float(text) == 0 else text
 
 
 def p_value(value: float) -> str:
@@ -190,7 +196,7 @@ def _share(name: str) -> Callable[[Any], str]:
 
 def _seeds(row: Any) -> str:
     missing = row.get("unfinished")
-    return f"{row['seeds']:.0f}" + (f" (+{missing:.0f} unfinished)" if missing and not pd.isna(missing) else "")
+    return f"{row['seeds']:.0f}" + (f" of {row['seeds'] + missing:.0f}" if missing and not pd.isna(missing) else "")
 
 
 def columns(table: pd.DataFrame, *, setting: bool) -> list[Column]:
@@ -229,7 +235,7 @@ def columns(table: pd.DataFrame, *, setting: bool) -> list[Column]:
             shown.append(Column(f"{modality} ({kind}) %", title, _share(str(name))))
     shown += [
         Column("Gap", "Modality gap in points", lambda row: percent(row["modality_gap"])),
-        Column("Seeds", "Seeds that reached the test", _seeds),
+        Column("Seeds", "Seeds that reached the test, of those planned", _seeds),
         Column("MB up", "Megabytes from clients to server, mean of a run", lambda row: _plain(row["mb_up"])),
         Column("MB down", "Megabytes from server to clients, mean of a run", lambda row: _plain(row["mb_down"])),
         Column("Seconds", "Wall-clock seconds, mean of a run", lambda row: _plain(row["seconds"], 0)),
@@ -275,16 +281,27 @@ def to_markdown(study: Study, table: pd.DataFrame) -> str:
 
 _TEX = str.maketrans(
     {c: f"\\{c}" for c in "&%$#_{}"}
-    | {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": "$<$", ">": "$>$"}
+    | {
+        "\\": r"\textbackslash{}",
+        "~": r"\textasciitilde{}",
+        "^": r"\textasciicircum{}",
+        "<": "$<$",
+        ">": "$>$",
+        "|": "$|$",
+    }
     | {"−": "$-$", "±": r"$\pm$", "–": "--", "Δ": r"$\Delta$", "\n": " "}
 )
+
+
+def _alignment(shown: Sequence[Column]) -> str:
+    return "".join("l" if c.header in ("Setting", "Method", "Verdict") else "r" for c in shown) or "l"
 
 
 def to_latex(study: Study, table: pd.DataFrame) -> str:
     """The table as a LaTeX `tabular` for the booktabs package, notes as comments."""
     shown = columns(table, setting=len(study.settings) > 1) if len(table) else []
     lines = [f"% {note}" for note in notes(study, table)]
-    lines += [rf"\begin{{tabular}}{{{'l' * max(len(shown), 1)}}}", r"\toprule"]
+    lines += [rf"\begin{{tabular}}{{{_alignment(shown)}}}", r"\toprule"]
     lines += [" & ".join(c.header.translate(_TEX) for c in shown) + r" \\", r"\midrule"]
     last = None
     for _, row in table.iterrows():
@@ -300,18 +317,22 @@ def to_latex(study: Study, table: pd.DataFrame) -> str:
 
 
 def print_table(study: Study, table: pd.DataFrame, console: Console) -> None:
-    """Print the comparison to a terminal, one table a setting, without the columns that only files have room for."""
+    """Print the comparison to a terminal, one table a setting, with the columns that 100 characters have room for."""
     for setting in study.settings:
         block = table[table["setting"] == setting] if len(table) else table
         if not len(block):
             continue
-        shown = [c for c in columns(block, setting=False) if not c.header.startswith(("Macro", "MB"))]
-        screen = Table(title=Text(setting), title_justify="left", header_style="bold", pad_edge=False)
+        kind = next((k for k in KINDS if any(f"({k})" in c.header for c in columns(block, setting=False))), KINDS[0])
+        brief = ("Method", "Accuracy %", "Δ to baseline", "p (Holm)", "Verdict", "Seeds")
+        shown = [c for c in columns(block, setting=False) if c.header in brief or c.header.endswith(f"({kind}) %")]
+        screen = Table(title=Text(setting), title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False)
         for at, column in enumerate(shown):
-            screen.add_column(Text(column.header), justify="left" if at == 0 else "right")
+            screen.add_column(Text(column.header), justify="right" if at else "left", no_wrap=at > 0)
         for _, row in block.iterrows():
             style = "bold" if row["best"] else "dim" if row["kind"] == "reference" else ""
-            screen.add_row(*(Text(c.text(row)) for c in shown), style=style)
+            # The intervals of single modalities are in the files.
+            texts = [c.text(row).split(" ± ")[0] if c.header not in brief else c.text(row) for c in shown]
+            screen.add_row(*map(Text, texts), style=style)
         console.print(screen)
     for note in notes(study, table):
         console.print(Text(note), style="dim")
