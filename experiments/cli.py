@@ -8,7 +8,6 @@ import importlib.metadata
 import json
 import sys
 from collections.abc import Mapping
-from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -185,28 +184,35 @@ def data_build(
     """Rebuild an embedded data set from its public sources."""
     from fedmm.data.build import build
 
-    typer.echo(build(name, out, packages))
+    for path in build(name, out, packages):
+        typer.echo(path)
 
 
 @data_app.command("card")
 def data_card(name: NameArgument) -> None:
     """Print a data set's card: source, licence, construction, known limits."""
-    from fedmm.data import DATASETS
+    from fedmm.data.cards import describe
 
-    dataset = _data(name, None).name
-    if dataset not in DATASETS:
-        raise ConfigError(f'there is no card of "{dataset}"', where="data card", remedy=nearest(dataset, DATASETS))
-    typer.echo(files("fedmm.data").joinpath("embedded", "cards", f"{dataset}.md").read_text(encoding="utf-8"))
+    typer.echo(describe(_data(name, None).name))
 
 
 @data_app.command("preview")
-def data_preview(name: NameArgument, overrides: OverridesArgument = None) -> None:
-    """Load a data set and show its modalities, splits and classes."""
-    from experiments.preview import preview
+def data_preview(
+    name: NameArgument,
+    overrides: OverridesArgument = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Picture of some samples (.png).")] = None,
+) -> None:
+    """Load a data set and show its modalities, splits and classes; with --out, a picture of some samples."""
+    from experiments.preview import tables
+    from fedmm.data import load_dataset
+    from fedmm.data.cards import preview
 
+    dataset = load_dataset(_data(name, overrides))
     console = Console()
-    for table in preview(_data(name, overrides)):
+    for table in tables(dataset):
         console.print(table, "")
+    if out is not None:
+        console.print(f"Picture: {preview(dataset, out)}", soft_wrap=True)
 
 
 def _report(directories: list[Path], out: Path) -> None:

@@ -49,11 +49,11 @@ GROUPS = {
 PIXELS = 16
 
 
-def build(name: str, out_dir: Path, packages: Path | None = None) -> Path:
-    """Build one embedded data set and write `<out_dir>/<name>.json`.
+def build(name: str, out_dir: Path, packages: Path | None = None) -> list[Path]:
+    """Build the files of an embedded data set, `<out_dir>/<file>.json`; returns their paths.
 
     Args:
-        name: One of `BUILDERS`.
+        name: A data set of `FILES`, or one file of `BUILDERS`.
         out_dir: Folder to write to.
         packages: Folder that holds the npm packages of `emoji9`, as .tgz files or unpacked; without it they
             are fetched with `npm pack`.
@@ -62,13 +62,21 @@ def build(name: str, out_dir: Path, packages: Path | None = None) -> Path:
         ConfigError: No such data set.
         DataError: A tool or package is missing.
     """
-    if name not in BUILDERS:
-        raise ConfigError(f"no embedded data set {name!r}", where="data build", remedy=nearest(name, BUILDERS))
-    arrays, meta = BUILDERS[name](packages)
-    out_dir.mkdir(parents=True, exist_ok=True)
-    path = out_dir / f"{name}.json"
-    container.write(path, arrays, meta)
-    return path
+    known = FILES | {file: (file,) for file in BUILDERS}
+    if name not in known:
+        raise ConfigError(f"no embedded data set {name!r}", where="data build", remedy=nearest(name, known))
+    paths = []
+    for file in known[name]:
+        arrays, meta = BUILDERS[file](packages)
+        try:
+            out_dir.mkdir(parents=True, exist_ok=True)
+            container.write(out_dir / f"{file}.json", arrays, meta)
+        except OSError as error:
+            raise DataError(
+                f"cannot write: {error.strerror}", where=str(out_dir), remedy="choose another --out"
+            ) from error
+        paths.append(out_dir / f"{file}.json")
+    return paths
 
 
 Built = tuple[dict[str, npt.NDArray[Any]], dict[str, Any]]
@@ -283,3 +291,6 @@ BUILDERS: dict[str, Callable[[Path | None], Built]] = {
     "speech": build_speech,
     "emoji9": build_emoji9,
 }
+
+FILES = {"avdigits": ("digits", "speech"), "cgmnist": ("digits",), "emoji9": ("emoji9",)}
+"""Data set -> embedded files that it reads."""

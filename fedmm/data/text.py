@@ -34,13 +34,11 @@ def hash_ngrams(texts: Sequence[str], buckets: int = 1024) -> npt.NDArray[np.flo
 
 
 def ngrams(text: str) -> Iterator[str]:
-    """Whole words and their character n-grams (n = 2, 3, 4) with word ends marked; single characters of ideographs."""
+    """Words, their character trigrams with word ends marked, and single letters of scripts without case (CJK, Hangul)."""
     for word in _words(text):
         yield word
         marked = f"<{word}>"
-        for n in (2, 3, 4):
-            for start in range(len(marked) - n + 1):
-                yield marked[start : start + n]
+        yield from (marked[start : start + 3] for start in range(len(marked) - 2))
         if len(word) > 1:
             yield from (char for char in word if unicodedata.category(char) == "Lo")
 

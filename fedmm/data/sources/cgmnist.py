@@ -40,8 +40,8 @@ COLOURS = (
 def load(cfg: DataConfig) -> Dataset:
     """Gray view [1,28,28] and colour view [3,28,28] of the same digit, 2,000 / 500 / 1,000 images.
 
-    The colour is the class mean plus Gaussian jitter of variance 0.03, clipped, multiplied into the digit; the class that lends its
-    colour is the digit's own in training and uniformly random in validation and test.
+    The colour is the class mean plus Gaussian jitter of variance 0.03, clipped, multiplied into the digit. The class
+    that lends its colour is the digit's own in training and uniformly random in validation and test.
 
     Raises:
         ConfigError: Unknown preset or parameter.
