@@ -5,19 +5,11 @@ from __future__ import annotations
 import numpy as np
 from rich.table import Column, Table
 
-from fedmm.config.schema import DataConfig
-from fedmm.data import load_dataset
-from fedmm.types import SPLITS
+from fedmm.types import SPLITS, Dataset
 
 
-def preview(config: DataConfig) -> list[Table]:
-    """Load a data set and describe its modalities, its classes by split and its natural clients.
-
-    Raises:
-        ConfigError: Unknown data set, preset or option.
-        DataError: Files are missing or damaged.
-    """
-    data = load_dataset(config)
+def tables(data: Dataset) -> list[Table]:
+    """Describe a data set's modalities, its samples by class and split, its units and natural clients."""
     modalities = Table("modality", "kind", "shape", "present", title=data.name, title_justify="left", box=None)
     for name, spec in data.specs.items():
         shape = " x ".join(map(str, spec.shape))
