@@ -60,9 +60,7 @@ def overview(study: Study, table: pd.DataFrame) -> list[Finding]:
         found.append(Finding("There is no baseline among the methods, so no differences are tested.", "none"))
     short = [run for run in study.runs if not run.usable]
     if short:
-        text = (
-            f"{len(short)} of {_count(len(study.runs), 'run')} did not reach the test; they are listed, not averaged."
-        )
+        text = f"{len(short)} of {_count(len(study.runs), 'run')} did not reach the test: listed, not averaged."
         found.append(Finding(text, "warning"))
     degraded = sum(run.status == "degraded" for run in study.runs)
     if degraded:

@@ -32,6 +32,9 @@ from experiments.report.svg import (
     to_svg,
 )
 
+CROWD = 120
+"""Most clients that get a row of their own."""
+
 
 def selection(study: Study, setting: str, prefix: str) -> list[Picture]:
     """For each method: which client trained which modality in which round, for the first seed that has it."""
@@ -50,12 +53,14 @@ def _selection(run: Run, rows: pd.DataFrame, modalities: Sequence[str], prefix: 
     owned = _owned(run)
     clients = max(int(rows["client"].max()) + 1, len(owned))
     first, last = int(rows["round"].min()), int(run.metrics["round"].max())
-    strip = 0.86 / len(modalities)
+    crowd = clients > CROWD
+    # In a crowd a row is thinner than a pixel; marks keep a visible height and the pale ownership is left out.
+    strip = clients / 300 if crowd else 0.86 / len(modalities)
     with style():
         figure, axes = canvas(width, min(100 + 7.5 * clients, 440))
         for at, modality in enumerate(modalities):
-            offset = (at + 0.5) * strip - 0.43
-            owners = np.array([k for k, names in enumerate(owned) if modality in names], dtype=np.float64)
+            offset = 0.0 if crowd else (at + 0.5) * strip - 0.43
+            owners = _owners([] if crowd else owned, modality)
             middle, span = np.full(len(owners), (first + last) / 2), np.full(len(owners), last - first + 1.0)
             rectangles(axes, middle, owners + offset, span, np.full(len(owners), strip), modality_colour(at), 0.13)
             mine = rows[rows["modality"] == modality]
@@ -69,7 +74,8 @@ def _selection(run: Run, rows: pd.DataFrame, modalities: Sequence[str], prefix: 
         counts = ", ".join(f"{m} {int((rows['modality'] == m).sum())} times" for m in modalities)
         alt = f"Selection under {run.label}, seed {run.seed}: trained {counts} in {last} rounds, {clients} clients."
         svg = to_svg(figure, prefix=prefix, alt=alt)
-    return Picture(svg, run.label, f"Seed {run.seed}: trained {counts}. Pale: the client owns it. Full: it trained it.")
+    key = "" if crowd else " Pale: the client owns it. Full: it trained it."
+    return Picture(svg, run.label, f"Seed {run.seed}: trained {counts}.{key}")
 
 
 def partition(study: Study, setting: str, prefix: str) -> Picture | None:
@@ -85,15 +91,16 @@ def partition(study: Study, setting: str, prefix: str) -> Picture | None:
 
 
 def _partition(run: Run, counts: Array, names: list[str], modalities: Sequence[str], prefix: str) -> Picture:
+    everyone, counts = len(counts), counts[:CROWD]
     clients, classes = counts.shape
-    owned = _owned(run)
+    owned = _owned(run)[:clients]
     totals = counts.sum(axis=1)
     with style():
         figure = Figure(figsize=(PAIR / 96, min(130 + 11 * clients, 560) / 96), dpi=96, layout="constrained")
         ratios = [0.16 * max(len(modalities), 1) / 2, 1, 0.22]
         left, middle, right = figure.subplots(1, 3, sharey=True, width_ratios=ratios)
         for at, modality in enumerate(modalities):
-            owners = np.array([k for k, have in enumerate(owned) if modality in have], dtype=np.float64)
+            owners = _owners(owned, modality)
             size = np.full(len(owners), 0.8)
             rectangles(left, np.full(len(owners), float(at)), owners, size, size, modality_colour(at))
         y, x = (a.ravel().astype(np.float64) for a in np.indices(counts.shape))
@@ -120,11 +127,12 @@ def _partition(run: Run, counts: Array, names: list[str], modalities: Sequence[s
             f"{totals.min():.0f} to {totals.max():.0f} training samples a client."
         )
         svg = to_svg(figure, prefix=prefix, alt=alt)
+    part = f", first {clients} of {everyone} clients" if everyone > clients else ""
     return Picture(
         svg,
         "Who holds what",
-        f"Seed {run.seed}. Left: owned modalities. Middle: the area of a mark is the number of training samples of "
-        f"that class; the largest is {counts.max():.0f}. Right: samples a client.",
+        f"Seed {run.seed}{part}. Left: owned modalities. Middle: the area of a mark is the number of training samples "
+        f"of that class; the largest is {counts.max():.0f}. Right: samples a client.",
     )
 
 
@@ -175,6 +183,10 @@ def _federation(run: Run) -> Mapping[str, Any]:
 def _owned(run: Run) -> list[list[str]]:
     found = _federation(run).get("owned")
     return [[str(m) for m in names] for names in found] if isinstance(found, list) else []
+
+
+def _owners(owned: Sequence[Sequence[str]], modality: str) -> Array:
+    return np.array([k for k, names in enumerate(owned) if modality in names], dtype=np.float64)
 
 
 def _counts(run: Run) -> Array:

@@ -262,7 +262,8 @@ def notes(study: Study, table: pd.DataFrame) -> list[str]:
     if len(small):
         found.append(f"Rows with as few as {small.min():.0f} seeds have wide intervals; claims need at least 6 seeds.")
     if len(methods) and methods["unfinished"].sum():
-        found.append(f"{methods['unfinished'].sum():.0f} runs did not reach the test; they are listed, not averaged.")
+        missing = int(methods["unfinished"].sum())
+        found.append(f"{missing} run{'s' * (missing > 1)} did not reach the test: listed, not averaged.")
     return found
 
 
@@ -317,22 +318,35 @@ def to_latex(study: Study, table: pd.DataFrame) -> str:
 
 
 def print_table(study: Study, table: pd.DataFrame, console: Console) -> None:
-    """Print the comparison to a terminal, one table a setting, with the columns that 100 characters have room for."""
+    """Print the comparison to a terminal, one table a setting, with the columns that 80 characters have room for."""
     for setting in study.settings:
         block = table[table["setting"] == setting] if len(table) else table
         if not len(block):
             continue
-        kind = next((k for k in KINDS if any(f"({k})" in c.header for c in columns(block, setting=False))), KINDS[0])
-        brief = ("Method", "Accuracy %", "Δ to baseline", "p (Holm)", "Verdict", "Seeds")
-        shown = [c for c in columns(block, setting=False) if c.header in brief or c.header.endswith(f"({kind}) %")]
-        screen = Table(title=Text(setting), title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False)
+        every = columns(block, setting=False)
+        kind = next((k for k in KINDS if any(c.header.endswith(f"({k}) %") for c in every)), KINDS[0])
+        brief = ("Method", "Accuracy %", "Δ to baseline", "Verdict", "Seeds")
+        shown = [c for c in every if c.header in brief or c.header.endswith(f"({kind}) %")]
+        # The intervals of single modalities are in the files.
+        texts = [
+            [c.text(row) if c.header in brief else c.text(row).split(" ± ")[0] for c in shown]
+            for _, row in block.iterrows()
+        ]
+        screen = Table(
+            title=Text(setting),
+            title_justify="left",
+            title_style="bold",
+            box=SIMPLE_HEAD,
+            pad_edge=False,
+            collapse_padding=True,
+        )
         for at, column in enumerate(shown):
-            screen.add_column(Text(column.header), justify="right" if at else "left", no_wrap=at > 0)
-        for _, row in block.iterrows():
+            width = max(len(line[at]) for line in texts) if at else 10
+            header = Text(column.header.replace(" (", "\n("))
+            screen.add_column(header, justify="right" if at else "left", min_width=width)
+        for (_, row), line in zip(block.iterrows(), texts, strict=True):
             style = "bold" if row["best"] else "dim" if row["kind"] == "reference" else ""
-            # The intervals of single modalities are in the files.
-            texts = [c.text(row).split(" ± ")[0] if c.header not in brief else c.text(row) for c in shown]
-            screen.add_row(*map(Text, texts), style=style)
+            screen.add_row(*map(Text, line), style=style)
         console.print(screen)
     for note in notes(study, table):
         console.print(Text(note), style="dim")

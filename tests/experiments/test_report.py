@@ -298,6 +298,12 @@ def test_any_number_of_modalities(tmp_path, modalities):
     self_contained(files.html.read_text())
 
 
+def test_crowd_of_clients_keeps_the_page_small(tmp_path):
+    files = write_report([write_run(tmp_path / "seed-0", clients=3000, rounds=3, classes=30)], tmp_path / "out")
+    assert "first 120 of 3000 clients" in self_contained(files.html.read_text()).text
+    assert files.html.stat().st_size < 500_000
+
+
 def test_single_and_several_run_directories(tmp_path):
     runs = [write_run(tmp_path / f"{label}-{seed}", label=label, seed=seed, accuracy=0.5 + seed / 50 + len(label) / 100)
             for label in ("fedavg", "fedcmi+") for seed in (0, 1)]  # fmt: skip
