@@ -174,7 +174,7 @@ def _run(run: Run) -> dict[str, str]:
 def _troubles(study: Study) -> list[dict[str, str]]:
     """Runs that did not complete, with what is known of the reason, and files that could not be read."""
     found = []
-    for run in study.runs:
+    for run in (*study.runs, *study.lost):
         reasons = [str(run.summary[key]) for key in ("error", "reason") if run.summary.get(key)] + list(run.problems)
         if run.status != "completed" or not run.usable or reasons:
             where = {"setting": run.setting, "method": run.label, "seed": str(run.seed), "status": run.status}

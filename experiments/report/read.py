@@ -74,6 +74,7 @@ class Study:
         runs: Every run planned or found.
         references: Setting -> reference name -> accuracies, one a seed or a single number.
         sources: The directories that were read.
+        lost: Runs behind a reference line that did not reach their end.
     """
 
     title: str
@@ -84,6 +85,7 @@ class Study:
     runs: tuple[Run, ...]
     references: Mapping[str, Mapping[str, tuple[float, ...]]] = field(default_factory=dict)
     sources: tuple[Path, ...] = ()
+    lost: tuple[Run, ...] = ()
 
     def of(self, setting: str, label: str | None = None) -> tuple[Run, ...]:
         """The runs of a setting, or of one method in it."""
@@ -144,6 +146,7 @@ def read_study(directories: Sequence[Path]) -> Study:
         runs=tuple(r for p in renamed for r in p.runs),
         references={s: r for p in renamed for s, r in p.references.items()},
         sources=tuple(s for p in parts for s in p.sources),
+        lost=tuple(r for p in renamed for r in p.lost),
     )
 
 
@@ -193,9 +196,14 @@ def _read_comparison(root: Path) -> Study:
             remedy="run the comparison again; finished runs are kept",
         ) from error
     found: dict[tuple[str, str, int], Run] = {}
+    lost: list[Run] = []
     for path in sorted(root.rglob("seed-*")):
         if path.is_dir() and any((path / mark).exists() for mark in (*MARKS, "config.yaml")):
             inside = path.relative_to(root).parts
+            if inside[0] == "references" and "references" not in settings:
+                run = _read_run(path, setting=inside[1], label="/".join(inside[2:-1]))
+                lost += [] if run.usable else [replace(run, label=f"reference {run.label}")]
+                continue
             setting = inside[0] if len(inside) > 2 else settings[0]
             run = _read_run(path, setting=setting, label="/".join(inside[1:-1]) or inside[0])
             found[run.setting, run.label, run.seed] = run
@@ -218,6 +226,7 @@ def _read_comparison(root: Path) -> Study:
         ),
         references=references,
         sources=(root,),
+        lost=tuple(lost),
     )
     names = {name for run in study.runs if (name := data_name(run.manifest))}
     return _rename(study, {"default": names.pop()}) if settings == ("default",) and len(names) == 1 else study
@@ -335,5 +344,6 @@ def _rename(study: Study, names: Mapping[str, str]) -> Study:
         study,
         settings=tuple(names[s] for s in study.settings),
         runs=tuple(replace(r, setting=names[r.setting]) for r in study.runs),
+        lost=tuple(replace(r, setting=names.get(r.setting, r.setting)) for r in study.lost),
         references={names.get(s, s): lines for s, lines in study.references.items()},
     )

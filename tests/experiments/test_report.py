@@ -298,6 +298,17 @@ def test_any_number_of_modalities(tmp_path, modalities):
     self_contained(files.html.read_text())
 
 
+def test_runs_behind_reference_lines_are_no_methods(tmp_path):
+    root = write_comparison(tmp_path / "c", ("FedAvg",), seeds=(0,), rounds=2)
+    write_run(root / "references" / "default" / "centralised" / "seed-0", label="centralised", rounds=2)
+    write_run(root / "references" / "default" / "unimodal-audio" / "seed-0", label="unimodal-audio", status="failed")
+    files = write_report([root], tmp_path / "out")
+    assert files.study.methods == ("FedAvg",)
+    text = Page(files.html.read_text()).text
+    assert "reference unimodal-audio" in text
+    assert "reference centralised" not in text
+
+
 def test_crowd_of_clients_keeps_the_page_small(tmp_path):
     files = write_report([write_run(tmp_path / "seed-0", clients=3000, rounds=3, classes=30)], tmp_path / "out")
     assert "first 120 of 3000 clients" in self_contained(files.html.read_text()).text
