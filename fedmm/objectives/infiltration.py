@@ -171,18 +171,19 @@ def pairwise_temperature(
         average.
     """
     names = tuple(probabilities)
-    tau = torch.ones(len(names), len(names), classes)
+    zero = torch.zeros(classes, dtype=probabilities[names[0]].dtype)
+    tau = torch.ones(len(names), len(names), classes, dtype=zero.dtype)
     for a, first in enumerate(names):
         for b in range(a + 1, len(names)):
             both = present[first] & present[names[b]]
-            count = torch.zeros(classes).index_add(0, y, both.float())
+            count = zero.index_add(0, y, both.to(zero.dtype))
             s = []
             for m in (first, names[b]):
                 truth = torch.where(both, probabilities[m].gather(1, y.unsqueeze(1)).squeeze(1), 0.0)
-                s.append((torch.zeros(classes).index_add(0, y, truth) / count.clamp(min=1)).clamp(min=1e-6))
+                s.append((zero.index_add(0, y, truth) / count.clamp(min=1)).clamp(min=1e-6))
             here = count > 0
             r = torch.where(here, s[0] / s[1], 1.0)
-            mean = r[here].mean() if bool(here.any()) else torch.tensor(1.0)
+            mean = r[here].mean() if bool(here.any()) else zero.new_ones(())
             first_leads = torch.where(dominant == a, True, torch.where(dominant == b, False, mean > 1))
             relative = torch.where(first_leads, r / mean, mean / r)
             pair = torch.where(here & (relative > 1), 1 / (1 + kappa * relative.clamp(min=1).log()), 1.0)

@@ -53,19 +53,17 @@ class Prototypes(Objective):
     def begin(self, model: MultimodalModel, data: ClientData, broadcast: Tensors) -> Tensors:
         """Global prototypes [C, d] of the owned modalities, and for v1 the client's own.
 
-        Before there are global prototypes (the bootstrap epoch), the client's own serve as both.
+        While a modality has no global prototypes (the bootstrap epoch), the client's own serve as both.
         """
+        names = data.modalities
+        unmet = any(f"prototype.{m}" not in broadcast for m in names)
+        local = _local_prototypes(model, data) if unmet or self.variant == "v1" else {}
+        sources = {"global": local | broadcast} | ({"local": local} if self.variant == "v1" else {})
         state = {}
-        if bootstrap := f"prototype.{data.modalities[0]}" not in broadcast:
-            broadcast = _local_prototypes(model, data)
-        for m in data.modalities:
-            state[f"global.{m}"] = broadcast[f"prototype.{m}"].to(torch.float32)
-            state[f"global_known.{m}"] = broadcast[f"prototype_count.{m}"] > 0
-        if self.variant == "v1":
-            local = broadcast if bootstrap else _local_prototypes(model, data)
-            for m in data.modalities:
-                state[f"local.{m}"] = local[f"prototype.{m}"].to(torch.float32)
-                state[f"local_known.{m}"] = local[f"prototype_count.{m}"] > 0
+        for kind, source in sources.items():
+            for m in names:
+                state[f"{kind}.{m}"] = source[f"prototype.{m}"].to(torch.float32)
+                state[f"{kind}_known.{m}"] = source[f"prototype_count.{m}"] > 0
         return state
 
     def losses(self, model: MultimodalModel, batch: Batch, state: Tensors) -> tuple[Tensor, ...]:
