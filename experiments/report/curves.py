@@ -47,6 +47,12 @@ def series(runs: Sequence[Run], split: str, modality: str, metric: str) -> pd.Da
     return pd.DataFrame(columns).sort_index()
 
 
+def feature_spread(runs: Sequence[Run], modality: str) -> pd.DataFrame:
+    """Standard deviation of an encoder's features over rounds, on validation data or else on training data."""
+    held = series(runs, "val", modality, "feature_std")
+    return held if len(held) else series(runs, "train", modality, "feature_std")
+
+
 def gap(runs: Sequence[Run], modalities: Sequence[str]) -> pd.DataFrame:
     """Spread of the modalities' masked validation accuracies over rounds: highest minus lowest; one column a seed."""
     parts = [series(runs, "val", m, "accuracy_masked") for m in modalities]
@@ -117,10 +123,7 @@ def imbalance_curves(study: Study, setting: str, prefix: str) -> list[Picture]:
     modalities = study.modalities(setting)
     ratio = {m: series(study.of(setting, m), "train", "fused", "imbalance_ratio") for m in study.methods}
     gaps = {m: gap(study.of(setting, m), modalities) for m in study.methods}
-    spreads = {
-        m: {label: series(study.of(setting, label), "train", m, "feature_std") for label in study.methods}
-        for m in modalities
-    }
+    spreads = {m: {label: feature_spread(study.of(setting, label), m) for label in study.methods} for m in modalities}
     width = panel_width(sum(any(len(c) for c in curves.values()) for curves in (ratio, gaps, *spreads.values())))
     pictures = [
         _curves(
@@ -243,7 +246,7 @@ def _curves(
 
 def collapsed(run: Run, modality: str) -> bool:
     """Whether the spread of a modality's features ended below 1 % of its own maximum."""
-    spread = series([run], "train", modality, "feature_std").to_numpy().ravel()
+    spread = feature_spread([run], modality).to_numpy().ravel()
     spread = spread[np.isfinite(spread)]
     return bool(len(spread)) and bool(spread[-1] <= COLLAPSED * spread.max())
 

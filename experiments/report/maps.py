@@ -15,7 +15,6 @@ from matplotlib.ticker import MaxNLocator
 from experiments.report.curves import slots
 from experiments.report.read import Run, Study
 from experiments.report.svg import (
-    INK,
     MUTED,
     PAIR,
     PAPER,
@@ -105,7 +104,7 @@ def _partition(run: Run, counts: Array, names: list[str], modalities: Sequence[s
             rectangles(left, np.full(len(owners), float(at)), owners, size, size, modality_colour(at))
         y, x = (a.ravel().astype(np.float64) for a in np.indices(counts.shape))
         side = 0.94 * np.sqrt(counts.ravel() / max(counts.max(), 1))
-        rectangles(middle, x[side > 0], y[side > 0], side[side > 0], side[side > 0], INK, 0.78)
+        rectangles(middle, x[side > 0], y[side > 0], side[side > 0], side[side > 0], MUTED)
         rectangles(right, totals / 2, np.arange(clients, dtype=np.float64), totals, np.full(clients, 0.7), MUTED)
         left.set(xlim=(-0.6, max(len(modalities), 1) - 0.4), ylim=(clients - 0.4, -0.6), xticks=[])
         left.set_ylabel("client")

@@ -341,7 +341,9 @@ def print_table(study: Study, table: pd.DataFrame, console: Console) -> None:
             collapse_padding=True,
         )
         for at, column in enumerate(shown):
-            width = max(len(line[at]) for line in texts) if at else 10
+            # Words may be set in lines, numbers may not.
+            parts = [line[at].split() if column.header == "Verdict" else [line[at]] for line in texts]
+            width = max(len(part) for line in parts for part in line or [""]) if at else 10
             header = Text(column.header.replace(" (", "\n("))
             screen.add_column(header, justify="right" if at else "left", min_width=width)
         for (_, row), line in zip(block.iterrows(), texts, strict=True):

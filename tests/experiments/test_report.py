@@ -54,7 +54,15 @@ def write_run(path, *, setting="default", label="FedAvg", seed=0, status="comple
         for i, m in enumerate(modalities):
             log(t, "val", "global", None, m, "accuracy_masked", strength[m] * grown + rng.normal(0, 0.01))
             dead = label == "CMSFed" and i > 0 and seed == 1 and t > rounds // 2
-            log(t, "train", "global", None, m, "feature_std", 1e-4 if dead else 0.4 + 0.1 * grown + 0.02 * i)
+            log(
+                t,
+                "train" if i else "val",
+                "global",
+                None,
+                m,
+                "feature_std",
+                1e-4 if dead else 0.4 + 0.1 * grown + 0.02 * i,
+            )
         for k in sorted(rng.choice(clients, min(5, clients), replace=False)):
             for m in owned[k] if "CMS" not in label else owned[k][-1:]:
                 log(t, "train", "client", int(k), m, "selected", 1)
