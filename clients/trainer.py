@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -85,10 +85,8 @@ def train(
     shown = data.only(modalities)
     state = objective.begin(model, shown, broadcast)
     blocks = set(objective.trained_blocks(blocks_of(model.state_dict()), shown.modalities))
-    parameters = {n: p for n, p in model.named_parameters() if block_of(n) in blocks}
-    optimiser = torch.optim.SGD(
-        list(parameters.values()), schedule.lr, schedule.momentum, weight_decay=schedule.weight_decay, foreach=True
-    )
+    parameters: dict[str, Tensor] = {n: p for n, p in model.named_parameters() if block_of(n) in blocks}
+    momenta: Tensors = {}
     model.train()
     total, steps = torch.zeros((), dtype=torch.float64), 0
     for epoch, rows in batches(len(shown), schedule, seed, *path):
@@ -98,10 +96,12 @@ def train(
             # A later loss of the same batch sees the weights that the earlier one left.
             losses = objective.losses(model, batch, state)
             loss, parts = losses[step], len(losses)
-            optimiser.zero_grad(set_to_none=True)
+            for p in parameters.values():
+                p.grad = None
             loss.backward()  # type: ignore[no-untyped-call]
-            _edit(objective, parameters, state, schedule.clip)
-            optimiser.step()
+            gradients = {n: p.grad for n, p in parameters.items() if p.grad is not None}
+            gradients = objective.edit_gradients(gradients, parameters, state)
+            sgd_step(parameters, gradients, momenta, schedule)
             step, steps = step + 1, steps + 1
             if epoch == schedule.epochs - 1:
                 total += loss.detach().to(torch.float64) * len(rows)
@@ -109,11 +109,33 @@ def train(
     return LocalResult(trained, objective.end(model, shown, state), float(total) / max(len(shown), 1), steps)
 
 
-def _edit(objective: Objective, parameters: Tensors, state: Tensors, clip: float | None) -> None:
-    gradients = {n: p.grad for n, p in parameters.items() if p.grad is not None}
-    edited = objective.edit_gradients(gradients, parameters, state)
-    if edited is not gradients:
-        for name, gradient in edited.items():
-            parameters[name].grad = gradient.detach()
-    if clip is not None:
-        torch.nn.utils.clip_grad_norm_(list(parameters.values()), clip)
+@torch.no_grad()
+def sgd_step(parameters: Mapping[str, Tensor], gradients: Tensors, momenta: Tensors, schedule: LocalSchedule) -> None:
+    """One step of SGD with clipping, weight decay and momentum, in place; the same bits as `torch.optim.SGD`.
+
+        g <- g min(1, clip / ||g||);  g <- g + weight_decay w;  v <- momentum v + g;  w <- w - lr v
+
+    Args:
+        parameters: All trained tensors.
+        gradients: Those of this step; a tensor without gradient does not move, nor decay.
+        momenta: v, filled by the first step.
+        schedule: Rates.
+    """
+    if not gradients:
+        return
+    names = list(gradients)
+    w, g = [parameters[n] for n in names], [gradients[n].detach() for n in names]
+    if schedule.clip is not None:
+        norm = torch.stack(torch._foreach_norm(g)).norm()
+        g = list(torch._foreach_mul(g, torch.clamp(schedule.clip / (norm + 1e-6), max=1.0)))
+    if schedule.weight_decay:
+        g = list(torch._foreach_add(g, w, alpha=schedule.weight_decay))
+    if schedule.momentum:
+        for n, fresh in zip(names, g, strict=True):
+            if n not in momenta:
+                momenta[n] = torch.zeros_like(fresh)
+        v = [momenta[n] for n in names]
+        torch._foreach_mul_(v, schedule.momentum)
+        torch._foreach_add_(v, g)
+        g = v
+    torch._foreach_add_(w, g, alpha=-schedule.lr)

@@ -1,0 +1,99 @@
+"""Reference lines of a comparison: what is reached without federation, without fusion, and without learning.
+
+centralised       all training data in one place, as many passes over it as the federation makes
+unimodal-<m>      the federation with one modality alone
+local             each client alone with its share of the budget; mean over clients on the pooled test data
+majority          the most frequent training class
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from math import ceil
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from clients.trainer import LocalSchedule, train
+from clients.workspace import Workspace
+from fedmm.config.schema import Config, PartitionConfig, Plugin
+from fedmm.data import load_dataset
+from fedmm.io.files import write_json
+from fedmm.metrics.classification import accuracy
+from fedmm.metrics.local import evaluate
+from fedmm.objectives import build_objective
+from fedmm.spec import client_spec
+from fedmm.types import SPLITS
+
+_PLAIN = {
+    "method": None,
+    "objective": Plugin(name="joint"),
+    "strategy": Plugin(name="fedavg"),
+    "selection": Plugin(name="uniform"),
+}
+
+
+def passes(config: Config) -> int:
+    """Expected number of rounds in which a given client trains, at least 1."""
+    return max(1, ceil(config.train.rounds * config.train.clients_per_round / config.scenario.clients))
+
+
+def reference_runs(config: Config, wanted: Sequence[str]) -> Iterator[tuple[str, Config]]:
+    """Reference lines that are ordinary runs: (name, configuration)."""
+    plain = config.model_copy(
+        update=_PLAIN
+        | {"model": config.model.model_copy(update={"projector": None, "unimodal_heads": False}), "faults": []}
+    )
+    if "centralised" in wanted:
+        scenario = config.scenario.model_copy(update={"clients": 1, "partition": PartitionConfig(name="iid")})
+        schedule = config.train.model_copy(update={"rounds": passes(config), "clients_per_round": 1})
+        yield "centralised", plain.model_copy(update={"scenario": scenario, "train": schedule})
+    if "unimodal" in wanted:
+        modalities = config.data.modalities or load_dataset(config.data).modalities
+        for m in modalities:
+            yield f"unimodal-{m}", plain.model_copy(update={"data": config.data.model_copy(update={"modalities": [m]})})
+
+
+def simple_references(config: Config, wanted: Sequence[str], cache: Path) -> dict[str, float]:
+    """Reference lines that are no federation at all: name -> test accuracy. Kept in `cache`."""
+    found: dict[str, float] = {}
+    if "majority" in wanted:
+        data = load_dataset(config.data)
+        most = np.bincount(data.y[data.split == SPLITS["train"]]).argmax()
+        found["majority"] = float((data.y[data.split == SPLITS["test"]] == most).mean())
+    if "local" in wanted:
+        file = cache / "local" / f"seed-{config.seed}.json"
+        if not file.exists():
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_json(file, {"accuracy": local_only(config)})
+        found["local"] = json.loads(file.read_text())["accuracy"]
+    return found
+
+
+def local_only(config: Config) -> float:
+    """Mean test accuracy, over clients, of models that each client trains alone from the common initial weights."""
+    plain = config.model_copy(update=_PLAIN | {"faults": []})
+    here = Workspace(client_spec(plain), None)
+    objective = build_objective(plain.objective)
+    start = {n: t.clone() for n, t in here.model.state_dict().items()}
+    t = config.train
+    schedule = LocalSchedule(passes(config) * t.local_epochs, t.batch_size, t.lr, t.momentum, t.weight_decay, t.clip)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    scores = []
+    for client in range(config.scenario.clients):
+        data = here.data(client, "train")
+        if not len(data):
+            continue
+        here.model.load_state_dict(start)
+        train(here.model, objective, data, data.modalities, {}, schedule, config.seed, 0, client)
+        parts = [
+            evaluate(here.model, here.data(k, "test"), {})["confusion"]
+            for k in range(config.scenario.clients)
+            if len(here.data(k, "test"))
+        ]
+        scores.append(accuracy(torch.stack(parts).sum(0)))
+    torch.set_num_threads(threads)
+    return float(np.mean(scores))
