@@ -14,6 +14,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from experiments.guard import CODES, DEGRADED, Guarded, stdout_for_result
 from fedmm.config.explain import explain as explain_config
@@ -101,7 +102,8 @@ def run(
     if as_json:
         typer.echo(json.dumps(summary, indent=2), file=stdout)
     else:
-        Console(soft_wrap=True).print(_summary_table(summary), f"Written to {target}")
+        _console().print(_summary_table(summary))
+        typer.echo(f"Written to {target}")
     if summary.get("status") == "degraded":
         used, expected = summary.get("replies_used"), summary.get("replies_expected")
         typer.secho(f"fedmm: degraded: {used} of {expected} replies were used", err=True, fg=typer.colors.YELLOW)
@@ -142,7 +144,7 @@ def list_(
     """List what can be named in a configuration."""
     if kind is not None and kind not in TABLES:
         raise ConfigError(f'there is no list of "{kind}"', where="list", remedy=nearest(kind, TABLES))
-    console = Console()
+    console = _console()
     for each in [kind] if kind else TABLES:
         module, name = TABLES[each]
         entries: Mapping[str, object] = getattr(importlib.import_module(module), name)
@@ -158,7 +160,7 @@ def explain(config: ConfigArgument = None, overrides: OverridesArgument = None) 
     table = Table("key", "value", "from", box=None, header_style="bold")
     for row in explain_config(_load(config, overrides)):
         table.add_row(row.key, row.value, row.origin, style="dim" if row.origin == "default" else None)
-    Console(soft_wrap=True).print(table)
+    _console().print(table)
 
 
 @app.command()
@@ -169,8 +171,8 @@ def doctor() -> None:
     table = Table("check", "result", "", box=None, header_style="bold")
     findings = examine()
     for finding in findings:
-        table.add_row(finding.check, finding.result, "ok" if finding.good else f"[red]{finding.remedy}[/red]")
-    Console(soft_wrap=True).print(table)
+        table.add_row(finding.check, finding.result, "ok" if finding.good else Text(finding.remedy, style="red"))
+    _console().print(table)
     if not all(finding.good for finding in findings):
         raise typer.Exit(4)
 
@@ -208,20 +210,25 @@ def data_preview(
     from fedmm.data.cards import preview
 
     dataset = load_dataset(_data(name, overrides))
-    console = Console()
+    console = _console()
     for table in tables(dataset):
         console.print(table, "")
     if out is not None:
-        console.print(f"Picture: {preview(dataset, out)}", soft_wrap=True)
+        typer.echo(f"Picture: {preview(dataset, out)}")
+
+
+def _console() -> Console:
+    """Standard output; a pipe or a file gets every row on one line, however long."""
+    return Console(markup=False, highlight=False, width=None if sys.stdout.isatty() else 10_000)
 
 
 def _report(directories: list[Path], out: Path) -> None:
     from experiments import report as reports
 
-    console = Console()
+    console = _console()
     written = reports.write_report(directories, out)
     reports.print_table(written.study, written.table, console)
-    console.print(f"Report: {written.html}", soft_wrap=True)
+    typer.echo(f"Report: {written.html}")
 
 
 def _arguments(config: str | None, overrides: list[str] | None) -> tuple[str | None, list[str]]:
