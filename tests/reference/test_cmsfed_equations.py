@@ -56,7 +56,7 @@ def compare(modalities, data, seed=0, known=1.0, bootstrap=False, **settings):
     options |= {k: settings[k] for k in ("alpha", "beta", "variant") if k in settings}
     expected = cmsfed.L(p, data, rows.tolist(), modalities, own if bootstrap else C, **options)
     theirs = tiny.gradients(expected, p)
-    assert float(loss) == pytest.approx(float(expected), abs=1e-6)
+    assert loss.item() == pytest.approx(expected.item(), abs=1e-6)
     tiny.assert_close(ours, {n: theirs[n] for n in parameters})
     assert all(not g.any() for n, g in theirs.items() if n not in parameters)
 
@@ -96,7 +96,7 @@ def test_bootstrap_uses_the_clients_own_prototypes(variant):
 def test_prototypes_of_one_modality_only_do_not_break_a_client_that_owns_both():
     modalities = tiny.names(2)
     data, model = tiny.data(modalities, 9), tiny.model(modalities, 0, None, heads=False)
-    broadcast, C = given_prototypes(modalities, 0)
+    broadcast, _ = given_prototypes(modalities, 0)
     half = {n: t for n, t in broadcast.items() if n.endswith("m1")} | {"round": torch.tensor(1)}
     state = Prototypes().begin(model, data, half)
     assert torch.equal(state["global.m1"], broadcast["prototype.m1"])

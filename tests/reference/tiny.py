@@ -76,7 +76,7 @@ def assert_close(ours, reference, tolerance=1e-6):
 
 
 BASE = {
-    "data": "synthetic",
+    "data.name": "synthetic",
     "data.params.samples": 280,
     "data.params.classes": CLASSES,
     "scenario.clients": 6,
@@ -94,7 +94,8 @@ BASE = {
 def config(method="fedavg", **settings):
     """Configuration of a tiny run; `a__b=1` sets a.b."""
     values = BASE | {"method": method} | {k.replace("__", "."): v for k, v in settings.items()}
-    return load_config(None, [f"{k}={json.dumps(v)}" for k, v in values.items()]).config
+    text = {k: json.dumps(v).replace("Infinity", ".inf") for k, v in values.items()}
+    return load_config(None, [f"{k}={v}" for k, v in text.items()]).config
 
 
 def run(path, settings, *, grid=None, callbacks=(), resume=False):
