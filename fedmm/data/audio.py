@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from math import gcd
 from pathlib import Path
 
@@ -31,8 +32,10 @@ def read_wav(path: Path) -> Wave:
         DataError: The file is not a readable WAV file or is silent.
     """
     try:
-        rate, samples = wavfile.read(path)
-    except (OSError, ValueError) as error:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", wavfile.WavFileWarning)  # chunks besides the samples, e.g. titles
+            rate, samples = wavfile.read(path)
+    except Exception as error:  # the reader raises whatever its parsing of a damaged file runs into
         raise DataError(f"not a readable WAV file: {error}", where=str(path), remedy="replace or remove it") from error
     signal = np.asarray(samples, dtype=np.float64)
     if signal.ndim == 2:

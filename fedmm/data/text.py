@@ -34,7 +34,7 @@ def hash_ngrams(texts: Sequence[str], buckets: int = 1024) -> npt.NDArray[np.flo
 
 
 def ngrams(text: str) -> Iterator[str]:
-    """Words, their character trigrams with word ends marked, and single letters of scripts without case (CJK, Hangul)."""
+    """Words, their character trigrams with word ends marked, and single letters of caseless scripts (CJK, Hangul)."""
     for word in _words(text):
         yield word
         marked = f"<{word}>"
