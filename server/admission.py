@@ -71,7 +71,7 @@ def admit(
             return refuse("finite", f"{name} has values that are not finite")
     if max_norm is not None and (norm := update_norm(model, expected)) > max_norm:
         return refuse("norm", f"the update's norm {norm:.4g} exceeds {max_norm:.4g}")
-    complete = set(header.modalities) == set(owned)
+    complete = set(task.modalities) == set(owned)
     return Update(task.client, header.samples, task.modalities, model, report, header.loss, complete)
 
 

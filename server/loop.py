@@ -120,9 +120,9 @@ class Server:
             Pick(k, self.federates.owned[k]) for k in range(len(self.federates.owned)) if self.federates.samples[k]
         ]
         updates = self._collect(picks, 0, epochs=1)
-        if self.policy.enough(len(picks), len(updates), 0):
-            for known in self.knowledge.values():
-                known.learn(self.model, updates)
+        self._enough(picks, updates, 0)
+        for known in self.knowledge.values():
+            known.learn(self.model, updates)
         self._close_round(0, [])
 
     # -- one round ----------------------------------------------------------------------------------------------
@@ -134,7 +134,7 @@ class Server:
         updates = self._collect(picks, round, self.config.train.local_epochs)
         self.totals["replies_expected"] += len(picks)
         rows = self._training_rows(round, updates)
-        if self.policy.enough(len(picks), len(updates), round):
+        if self._enough(picks, updates, round):
             sent = self.model
             self.model, self.state = self.plan.strategy.aggregate(
                 sent, updates, self.state, self.config.policy.min_owners
@@ -194,6 +194,13 @@ class Server:
                 updates.append(result)
             pending, attempt = again, attempt + 1
         return sorted(updates, key=lambda u: u.client)
+
+    def _enough(self, picks: Sequence[Pick], updates: Sequence[Update], round: int) -> bool:
+        """The policy's verdict on a round; the events that led to it are on record even if it ends the run."""
+        try:
+            return self.policy.enough(len(picks), len(updates), round)
+        finally:
+            self.directory.update_manifest({"events": [e.record() for e in self.policy.events]})
 
     def _expected(self, modalities: tuple[str, ...]) -> Tensors:
         """Tensors that a client returns which trains these modalities."""

@@ -142,13 +142,14 @@ class Session:
         self.traffic.add(self.traffic.up, bytes_per_block(model) | ({"report": size} if size else {}))
 
     def _exchange(self, messages: Mapping[int, Message], timeout: float | None) -> dict[int, Message]:
-        """Replies by node. A second reply to the same message is dropped: the first one stands."""
+        """Replies by node. Of several replies to a message the first one stands; replies to other messages are dropped."""
         replies: dict[int, Message] = {}
         sent = list(messages.values())
         for reply in stream_replies(self._grid, sent, timeout):
             # An error reply for a lost node comes from the server itself: the message id tells whose it is.
-            node = next(n for n, m in messages.items() if m.metadata.message_id == reply.metadata.reply_to_message_id)
-            replies.setdefault(node, reply)
+            answered = reply.metadata.reply_to_message_id
+            for node in (n for n, m in messages.items() if m.metadata.message_id == answered):
+                replies.setdefault(node, reply)
             self._on_reply(len(replies), len(sent))
         return replies
 
