@@ -111,7 +111,7 @@ def build_digits(packages: Path | None = None) -> Built:
         "labels": labels[rows].astype(np.int8),
         "split": split,
         "pca_mean": mean.astype(np.float32),
-        "pca_basis": basis.round(5).astype(np.float32),
+        "pca_basis": (basis.round(5) + 0.0).astype(np.float32),  # + 0.0: minus zero becomes zero
     }
     meta = {
         "title": "Handwritten digits",
