@@ -30,20 +30,34 @@ def _norm(kind: Norm, channels: int) -> nn.Module:
     return table[kind]()
 
 
+def _scale(norm: Norm, features: int) -> nn.Module:
+    """Fix the length of h at sqrt(d), without parameters.
+
+    The papers' ResNets end behind a normalisation, so their features keep their scale. Without one, distances to
+    prototypes have no scale: the prototype loss of CMSFed, whose gradient does not vanish near a prototype, makes
+    features grow without bound at learning rates that are harmless to the cross-entropy.
+    """
+    return nn.Identity() if norm == "none" else nn.LayerNorm(features, elementwise_affine=False)
+
+
 def mlp(spec: ModalitySpec, features: int, width: int | None, norm: Norm) -> nn.Module:
-    """Flatten -> Linear(width, default 128) -> ReLU -> Linear(features)."""
+    """Flatten -> Linear(width, default 128) -> ReLU -> Linear(features) -> scale."""
     width = width or 128
-    return nn.Sequential(nn.Flatten(), nn.Linear(prod(spec.shape), width), nn.ReLU(), nn.Linear(width, features))
+    return nn.Sequential(
+        nn.Flatten(), nn.Linear(prod(spec.shape), width), nn.ReLU(), nn.Linear(width, features), _scale(norm, features)
+    )
 
 
 def text(spec: ModalitySpec, features: int, width: int | None, norm: Norm) -> nn.Module:
-    """Hashed n-grams [B, buckets] -> embedding sum (a Linear on the bag, default width 64) -> ReLU -> Linear."""
+    """Hashed n-grams [B, buckets] -> embedding sum (a Linear on the bag, default width 64) -> ReLU -> Linear -> scale."""
     width = width or 64
-    return nn.Sequential(nn.Linear(prod(spec.shape), width), nn.ReLU(), nn.Linear(width, features))
+    return nn.Sequential(
+        nn.Linear(prod(spec.shape), width), nn.ReLU(), nn.Linear(width, features), _scale(norm, features)
+    )
 
 
 def cnn(spec: ModalitySpec, features: int, width: int | None, norm: Norm) -> nn.Module:
-    """Two strided convolutions (5x5 and 3x3, width and 2 x width channels, default 16) -> Linear(features).
+    """Two strided convolutions (5x5 and 3x3, width and 2 x width channels, default 16) -> Linear(features) -> scale.
 
     Strides replace pooling: max-pooling is a third of such a network's step on a CPU.
     """
@@ -63,6 +77,7 @@ def cnn(spec: ModalitySpec, features: int, width: int | None, norm: Norm) -> nn.
         nn.ReLU(),
         nn.Flatten(),
         nn.Linear(flat, features),
+        _scale(norm, features),
     )
 
 
