@@ -142,7 +142,7 @@ class Session:
         self.traffic.add(self.traffic.up, bytes_per_block(model) | ({"report": size} if size else {}))
 
     def _exchange(self, messages: Mapping[int, Message], timeout: float | None) -> dict[int, Message]:
-        """Replies by node. Of several replies to a message the first one stands; replies to other messages are dropped."""
+        """Replies by node: the first to each message stands; a second one, or one to another message, is dropped."""
         replies: dict[int, Message] = {}
         sent = list(messages.values())
         for reply in stream_replies(self._grid, sent, timeout):
