@@ -12,7 +12,7 @@ from fedmm.data.federation import Federation, build_federation
 from fedmm.data.partition import PARTITIONS
 from fedmm.data.sources import avdigits, cgmnist, emoji9, synthetic
 from fedmm.data.validate import problems
-from fedmm.errors import ConfigError, DataError, nearest
+from fedmm.errors import ConfigError, DataError, FedmmError, nearest
 from fedmm.types import Dataset
 
 __all__ = ["DATASETS", "PARTITIONS", "Federation", "Source", "build_federation", "load_dataset"]
@@ -72,7 +72,16 @@ def _own(cfg: DataConfig) -> Dataset:
             where="data.name",
             remedy="write package.module:function and make sure that Python finds the module",
         ) from error
-    dataset = loader(cfg)
+    try:
+        dataset = loader(cfg)
+    except FedmmError:
+        raise
+    except Exception as error:  # somebody else's code: name the failure, keep its traceback for Python callers
+        raise DataError(
+            f"the loader failed with {type(error).__name__}: {error}",
+            where=cfg.name,
+            remedy=f"call {function}(DataConfig(name=...)) in Python to see where",
+        ) from error
     if not isinstance(dataset, Dataset):
         raise DataError(f"{cfg.name} returned {type(dataset).__name__}, not fedmm.types.Dataset", where="data.name")
     if found := problems(dataset):

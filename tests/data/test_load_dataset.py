@@ -26,6 +26,9 @@ def leaky(cfg):
 
 def number(cfg):
     return 3
+
+def lost(cfg):
+    return open("/nowhere/at/all.csv")
 """
 
 
@@ -48,6 +51,7 @@ def test_a_users_function_is_loaded(own):
     [
         ("leaky", DataError, "units are in train and in val"),
         ("number", DataError, "returned int"),
+        ("lost", DataError, "FileNotFoundError"),
         ("lod", ConfigError, "cannot import"),
     ],
 )
