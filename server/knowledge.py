@@ -200,7 +200,8 @@ class Directions(Knowledge):
             first = False
         for u in updates:
             for key in self._keys():
-                mine = [n for n in floats if self._covers(key, n)]
+                # Sorted: a model that comes from a checkpoint lists its tensors in another order.
+                mine = sorted(n for n in floats if self._covers(key, n))
                 weak_only = key.startswith("encoder.")
                 if (weak_only and (first or u.modalities == (key.removeprefix("encoder."),))) or (
                     not weak_only and u.complete

@@ -38,7 +38,14 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
 
 def write_tensors(path: Path, tensors: Tensors) -> str:
     """Replace a safetensors file atomically and return the SHA-256 of its bytes."""
-    content = save({name: t.contiguous() for name, t in tensors.items()})
+    seen: set[int] = set()
+    whole: Tensors = {}
+    for name, tensor in tensors.items():
+        t = tensor.detach().contiguous()
+        # safetensors refuses tensors that share memory, such as the best model while it is the current one.
+        whole[name] = t.clone() if t.untyped_storage().data_ptr() in seen else t
+        seen.add(t.untyped_storage().data_ptr())
+    content = save(whole)
     write_bytes(path, content)
     return hashlib.sha256(content).hexdigest()
 
