@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from flwr.serverapp import Grid
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
@@ -16,11 +17,13 @@ from fedmm.engines.inprocess import InProcessGrid
 from fedmm.errors import Interrupted, RunError
 from fedmm.io.files import write_json
 from fedmm.io.run_directory import RunDirectory, read_summary
+from server.app import ROUND_MARK
 from server.callbacks import Callback, RoundReport
 from server.loop import Server
 from server.plan import check, plan
 
 CLIENT_APP = "clients.app:app"
+SERVER_APP = "server.app:app"
 
 __all__ = ["CLIENT_APP", "check", "run"]
 
@@ -91,6 +94,8 @@ def run(
     console = console or Console(stderr=True, quiet=True)
     if config.engine.name == "flower" and grid is None:
         return _run_flower(config, out, resume, console)
+    # One thread, here and in the workers: sums over more threads round differently, and small models gain nothing.
+    torch.set_num_threads(1)
     prepared = plan(config)
     directory = RunDirectory(out, config, resume=resume, label=label)
     title = (label or {}).get("label") or config.method or config.objective.name
@@ -154,7 +159,15 @@ def _run_flower(config: Config, out: Path, resume: bool, console: Console) -> di
     out = out.resolve()
     run_config = {"config": str(out / "config.yaml"), "out": str(out), "set": "", "resume": True}
     with _recorded_failure(directory):
-        run_flower(run_config, config.scenario.clients, config.engine.workers, out / "flower.log")
+        run_flower(
+            SERVER_APP,
+            CLIENT_APP,
+            run_config,
+            nodes=config.scenario.clients,
+            workers=config.engine.workers,
+            log=out / "flower.log",
+            on_line=lambda line: console.print(line, markup=False) if ROUND_MARK in line else None,
+        )
     summary = read_summary(out)
     if summary is None:
         raise RunError("Flower ended without a summary", where=str(out / "flower.log"), remedy="read this log")
