@@ -157,7 +157,7 @@ def _run_flower(config: Config, out: Path, resume: bool, console: Console) -> di
 
     directory = RunDirectory(out, config, resume=resume)
     out = out.resolve()
-    run_config = {"config": str(out / "config.yaml"), "out": str(out), "set": "", "resume": True}
+    run_config: dict[str, str | bool] = {"config": str(out / "config.yaml"), "out": str(out), "set": "", "resume": True}
     with _recorded_failure(directory):
         run_flower(
             SERVER_APP,

@@ -20,8 +20,9 @@ from rich.console import Console
 
 from experiments.references import reference_runs, simple_references
 from experiments.runner import CLIENT_APP, check, run
+from experiments.tuning import choices, trials, tuned_cells
 from fedmm.config.load import Cell, expand
-from fedmm.config.schema import CompareConfig, Config, EngineConfig
+from fedmm.config.schema import CompareConfig, Config, EngineConfig, EvaluateConfig
 from fedmm.errors import FedmmError, Interrupted, RunError
 from fedmm.io.files import write_json
 
@@ -50,16 +51,25 @@ def compare(comparison: CompareConfig, out: Path, *, jobs: int = 1, console: Con
         Interrupted: The user stopped; finished runs and checkpoints stay.
     """
     console = console or Console(stderr=True, quiet=True)
-    cells = expand(comparison)
-    for cell in cells:
+    attempts = trials(comparison)
+    for cell in [*expand(comparison), *(t.cell for t in attempts)]:
         check(cell.config)
-    todo = list(_jobs(cells, comparison, out))
     try:
         out.mkdir(parents=True, exist_ok=True)
-        _describe(comparison, cells, out)
+        _describe(comparison, expand(comparison), out)
     except OSError as error:
         raise RunError(f"cannot write here: {error.strerror}", where=str(out), remedy="choose another --out") from None
-    failures = _parallel(todo, jobs, console) if jobs > 1 else _one_by_one(todo, console)
+
+    def execute(todo: Sequence[Job]) -> list[str]:
+        return _parallel(todo, jobs, console) if jobs > 1 else _one_by_one(todo, console)
+
+    # A trial that fails (a rate at which training diverges) is a result of the tuning, not a failure of the study.
+    execute(
+        [Job(_cheap(t.cell.config), t.place(out), {"label": t.cell.label, "setting": t.cell.setting}) for t in attempts]
+    )
+    cells = tuned_cells(comparison, out)
+    todo = list(_jobs(cells, comparison, out))
+    failures = execute(todo)
     _describe(comparison, cells, out)
     if failures:
         raise RunError(
@@ -68,6 +78,11 @@ def compare(comparison: CompareConfig, out: Path, *, jobs: int = 1, console: Con
             remedy="the same command runs only these again",
         )
     return out
+
+
+def _cheap(config: Config) -> Config:
+    """A trial needs its last validation only."""
+    return config.model_copy(update={"evaluate": EvaluateConfig(every=config.train.rounds, probe=False)})
 
 
 def _jobs(cells: Sequence[Cell], comparison: CompareConfig, out: Path) -> Iterator[Job]:
@@ -102,6 +117,7 @@ def _describe(comparison: CompareConfig, cells: Sequence[Cell], out: Path) -> No
             "seeds": comparison.seeds,
             "baseline": comparison.baseline,
             "references": references,
+            "tuning": choices(comparison, out),
         },
     )
 

@@ -22,7 +22,7 @@ from fedmm.config.problems import config_error, shown
 from fedmm.config.schema import CompareConfig, Config
 from fedmm.errors import ConfigError, nearest
 
-COMPARE_KEYS = frozenset({"methods", "settings", "seeds", "baseline", "references"})
+COMPARE_KEYS = frozenset({"methods", "settings", "seeds", "baseline", "references", "tune"})
 """What a comparison's YAML holds besides the keys of a run, which are its base."""
 
 DEFAULT_SEEDS = [0, 1, 2]
@@ -143,6 +143,7 @@ def load_compare(path: Path | str | None, overrides: Sequence[str] = ()) -> Comp
             seeds=_seeds(given if {"seed", "seeds"} & given.keys() else written),
             baseline=baseline,
             references=chosen.get("references", []),
+            tune=chosen.get("tune"),
             base={**base, **({"method": given["method"]} if "method" in given else {})},
             overrides=nest(on_top.values),
         )

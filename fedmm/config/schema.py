@@ -288,6 +288,27 @@ class Config(Section):
         return self
 
 
+class TuneConfig(Section):
+    """Tuning before a comparison: the same number of candidates a method, chosen by validation accuracy alone.
+
+    Attributes:
+        candidates: Method label -> list of overrides to try; all lists must be equally long.
+        seed: Seed of the trials; the comparison's seeds should not contain it.
+        on: Setting -> setting whose trials it uses (itself by default), to tune once a data set.
+    """
+
+    candidates: dict[str, list[dict[str, Any]]]
+    seed: int = 100
+    on: dict[str, str] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _same_budget(self) -> TuneConfig:
+        if len({len(trials) for trials in self.candidates.values()}) > 1:
+            sizes = ", ".join(f"{label} {len(trials)}" for label, trials in self.candidates.items())
+            raise ValueError(f"every method gets the same number of candidates, but they are: {sizes}")
+        return self
+
+
 class CompareConfig(Section):
     """A comparison: settings x methods x seeds over one base configuration.
 
@@ -297,6 +318,7 @@ class CompareConfig(Section):
         seeds: Seeds; every method and setting uses the same ones.
         baseline: Method that paired differences are taken against.
         references: Reference lines to compute besides the methods.
+        tune: Tuning that runs first, if any.
         base: The configuration that the overrides change, as read (not yet validated).
         overrides: From the command line; they win over base, settings and methods.
     """
@@ -306,5 +328,6 @@ class CompareConfig(Section):
     seeds: list[int]
     baseline: str
     references: list[Literal["majority", "local", "centralised", "unimodal"]] = Field(default_factory=list)
+    tune: TuneConfig | None = None
     base: dict[str, Any] = Field(default_factory=dict)
     overrides: dict[str, Any] = Field(default_factory=dict)
