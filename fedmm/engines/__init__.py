@@ -4,7 +4,7 @@
 |----------|--------------------------------------------------------|
 | `inproc` | `inprocess.InProcessGrid(app, clients)`                |
 | `ray`    | `ray_workers.RayPool(app, workers)`, `RayGrid(pool, clients)` |
-| `flower` | `flower.run_flower(run_config, nodes, workers, log)`   |
+| `flower` | `flower.run_flower(server_app, client_app, run_config)` |
 
 The first two are Flower grids for our own server loop and give the same bits; import the module that you need,
 so that a run in process never pays for Ray.

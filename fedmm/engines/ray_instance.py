@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import ray
+from ray._private.ray_logging import stdout_deduplicator
 
 import fedmm
 from fedmm.errors import RunError
@@ -19,10 +21,15 @@ from fedmm.errors import RunError
 ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_worker_niceness": "0",
+    # A worker that is killed while it starts is missed only after this time (default 60 s).
+    "RAY_worker_register_timeout_seconds": "25",
+    # After a kill of this process, Ray's agents look for its control store that long (default 60 s).
     "RAY_gcs_rpc_server_reconnect_timeout_s": "10",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "OMP_NUM_THREADS": "1",
 }
+EVERYTHING = re.compile("")
+SKIPPED_BEFORE = stdout_deduplicator.skip_re
 
 
 @dataclass
@@ -43,6 +50,8 @@ def acquire(workers: int) -> None:
     if not ray.is_initialized():
         # Ray's socket paths must stay below 108 bytes, which a long TMPDIR would exceed.
         _instance.directory = tempfile.mkdtemp(prefix="fedmm-ray-", dir="/tmp" if os.path.isdir("/tmp") else None)
+        # Ray prints a notice of each dead worker on standard output, which belongs to our caller.
+        stdout_deduplicator.skip_re = EVERYTHING
         try:
             with _environment():
                 ray.init(
@@ -52,7 +61,6 @@ def acquire(workers: int) -> None:
                     log_to_driver=False,
                     logging_level=logging.ERROR,
                     _temp_dir=_instance.directory,
-                    _node_ip_address="127.0.0.1",
                 )
         except Exception as error:
             _stop()
@@ -69,6 +77,7 @@ def release() -> None:
 
 def _stop() -> None:
     ray.shutdown()
+    stdout_deduplicator.skip_re = SKIPPED_BEFORE
     if _instance.directory is not None:
         shutil.rmtree(_instance.directory, ignore_errors=True)
     _instance.directory = None

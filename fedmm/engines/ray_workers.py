@@ -42,7 +42,7 @@ from fedmm.engines.grid import (
 from fedmm.errors import RunError
 
 CHUNKS_PER_WORKER = 4
-START_SECONDS = 60.0
+START_SECONDS = 90.0
 DEATHS_BEFORE_ALONE = 2
 DEATHS_BEFORE_ERROR = 3
 FAILED_STARTS = 5
@@ -131,7 +131,7 @@ class RayPool:
         """Wait until this many workers are ready.
 
         Raises:
-            RunError: A worker cannot load the app, or does not start within 60 seconds.
+            RunError: A worker cannot load the app, or none starts within 90 seconds.
         """
         while len(self._idle) < workers:
             self._next_event(None)
@@ -241,8 +241,12 @@ class RayPool:
         if done and done[0] in self._greeted:
             self._welcome(done[0])
             return None
-        if not done and any(limit <= time.monotonic() for _, limit in self._greeted.values()):
-            raise RunError(f"a Ray worker did not start within {START_SECONDS:.0f} s", where=self._app)
+        for ref, (worker, limit) in list(self._greeted.items()):
+            if not done and limit <= time.monotonic():
+                del self._greeted[ref]
+                if not (self._idle or self._busy or self._greeted):
+                    raise RunError(f"no Ray worker started within {START_SECONDS:.0f} s", where=self._app)
+                self._replace(worker)
         return done[0] if done else None
 
     def _welcome(self, ref: ObjectRef[Any]) -> None:

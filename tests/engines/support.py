@@ -42,12 +42,14 @@ def pids(replies):
 
 
 def processes():
-    """(session, command) of every living process."""
+    """(process id, session, command) of every living process."""
     found = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             with suppress(OSError):
                 state, _, _, session = (entry / "stat").read_text().rpartition(")")[2].split()[:4]
                 if state != "Z":
-                    found.append((int(session), (entry / "cmdline").read_bytes().decode(errors="replace")))
+                    found.append(
+                        (int(entry.name), int(session), (entry / "cmdline").read_bytes().decode(errors="replace"))
+                    )
     return found

@@ -36,7 +36,7 @@ def test_a_missing_package_is_named(tmp_path):
 
 def flower_processes():
     words = ("fedmm-flwr-", "flower-superexec", "flwr-simulation", "fedmm.engines.superlink", "ClientAppActor")
-    return {command for _, command in processes() if any(word in command for word in words)}
+    return {command for _, _, command in processes() if any(word in command for word in words)}
 
 
 def leftovers():

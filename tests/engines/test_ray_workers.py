@@ -122,6 +122,38 @@ def test_workers_killed_while_idle_cost_no_reply(pool):
     assert pool.deaths == deaths
 
 
+def test_nothing_is_printed_when_workers_die(pool, capfd):
+    grid = RayGrid(pool, 2)
+    grid.send_and_receive(messages(grid, "train.die", partitions=[0]))
+    time.sleep(1)
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.slow
+def test_a_worker_killed_while_it_starts_is_replaced(pools):
+    session = os.getsid(0)
+
+    def starting():
+        return {pid for pid, its_session, command in processes() if its_session == session and is_worker(command)}
+
+    before = starting()
+    with RayPool(APP, 1) as pool:
+        limit = time.monotonic() + 10
+        while not (new := starting() - before) and time.monotonic() < limit:
+            time.sleep(0.01)
+        for pid in new:
+            os.kill(pid, signal.SIGKILL)
+        grid = RayGrid(pool, 3)
+        assert len(by_partition(grid, grid.send_and_receive(messages(grid)))) == 3
+    assert new
+
+
+def is_worker(command):
+    # The raylet's own arguments name the program that its workers run.
+    program, *rest = command.split("\0")
+    return not program.endswith("raylet") and any(word.endswith("default_worker.py") for word in rest)
+
+
 def test_a_client_that_always_kills_its_worker_loses_only_its_own_reply(pool):
     grid, here = RayGrid(pool, 16), InProcessGrid(APP, 16)
     replies = by_partition(grid, grid.send_and_receive(messages(grid, "train.die", partitions=[3])))
@@ -194,7 +226,7 @@ def start_driver(directory, end):
 
 def living(session):
     """Commands of the living processes of a session (Ray's and the workers' included)."""
-    return [command for its_session, command in processes() if its_session == session]
+    return [command for _, its_session, command in processes() if its_session == session]
 
 
 def wait_until_empty(session, seconds=30):
@@ -220,7 +252,8 @@ def test_no_process_is_left_after_the_end(tmp_path, end):
     assert err == ""
 
 
-@pytest.mark.parametrize("whole_group", [True, pytest.param(False, marks=SLOW)])
+@pytest.mark.slow
+@pytest.mark.parametrize("whole_group", [True, False])
 def test_ctrl_c_leaves_nothing(tmp_path, whole_group):
     end = 'grid.send_and_receive(messages(grid, "train.slow", seconds=60))'
     driver = start_driver(tmp_path, end)
