@@ -6,11 +6,13 @@ exactly these. Each kind is one small class whose whole state is named tensors.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import ClassVar
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -176,6 +178,31 @@ class Confidence(Knowledge):
             self.tensors = {"dominant": torch.tensor(max(range(len(means)), key=means.__getitem__))}
 
 
+Matrix = npt.NDArray[np.float64]
+
+
+def distances(
+    vectors: Tensor, normalise: bool = False, rows: Iterable[int] = (), known: Matrix | None = None
+) -> Matrix:
+    """Euclidean distances [K, K] between direction vectors [K, P], exact zeros on the diagonal.
+
+    Args:
+        vectors: One row a client.
+        normalise: Scale rows to unit length first (an option, not the paper's).
+        rows: With `known`: the clients whose vectors changed; only their rows and columns are computed.
+        known: Distances before the change.
+    """
+    v = vectors
+    if normalise:
+        v = v / v.norm(dim=1, keepdim=True).clamp(min=1e-12)
+    result = np.zeros((len(v), len(v))) if known is None else known.copy()
+    for i in range(len(v)) if known is None else rows:
+        # Differences instead of the Gram form: nearly equal directions must not come out as noise.
+        row = (v - v[i]).to(torch.float64).square().sum(1).sqrt().numpy()
+        result[i, :] = result[:, i] = row
+    return result
+
+
 class Directions(Knowledge):
     """Last update direction w - w_k of every client, decoupled by modality: the vectors of submodular selection.
 
@@ -186,7 +213,11 @@ class Directions(Knowledge):
     """
 
     bootstrap = True
-    _kinds: ClassVar[frozenset[str]] = frozenset({"joint", "encoder"})
+
+    def __init__(self, federates: Federates) -> None:
+        super().__init__(federates)
+        # key, normalise -> the vectors that the distances belong to, the distances, rows that changed since
+        self._distances: dict[tuple[str, bool], tuple[Tensor, Matrix, set[int]]] = {}
 
     def learn(self, sent: Tensors, updates: Sequence[Update]) -> None:
         """Overwrite the vectors that the module's text says."""
@@ -208,6 +239,9 @@ class Directions(Knowledge):
                 ):
                     parts = [(floats[n] - u.model.get(n, floats[n])).flatten() for n in mine]
                     self.tensors[f"direction.{key}"][u.client] = torch.cat(parts)
+                    for (cached, _), (_, _, stale) in self._distances.items():
+                        if cached == key:
+                            stale.add(u.client)
 
     def _keys(self) -> tuple[str, ...]:
         return ("joint", *[f"encoder.{m}" for m in self.federates.modalities])
@@ -221,6 +255,15 @@ class Directions(Knowledge):
 
     def _length(self, key: str, floats: Tensors) -> int:
         return sum(t.numel() for n, t in floats.items() if self._covers(key, n))
+
+    def distances(self, key: str, normalise: bool = False) -> Matrix:
+        """Distances [K, K] between `vectors(key)`; rows that did not change since the last call are not recomputed."""
+        vectors = self.vectors(key)
+        owner, known, stale = self._distances.get((key, normalise), (None, None, set[int]()))
+        # Another tensor than before (a restored checkpoint): nothing is known of it.
+        matrix = distances(vectors, normalise, sorted(stale), known if owner is vectors else None)
+        self._distances[key, normalise] = (vectors, matrix, set())
+        return matrix
 
     def vectors(self, key: str) -> Tensor:
         """Vectors [K, P] of "joint", "whole" or "encoder.<m>"."""

@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 from scipy.io import wavfile
-from scipy.signal import resample_poly
 
 from fedmm.errors import DataError
 
@@ -56,6 +55,8 @@ def prepare(signal: npt.NDArray[np.float64], rate: int) -> Wave:
     """
     if rate != RATE:
         common = gcd(rate, RATE)
+        from scipy.signal import resample_poly  # a second to import, and only recordings need it
+
         signal = resample_poly(signal, RATE // common, rate // common)
     loud = np.flatnonzero(np.abs(signal) > 0.02 * np.abs(signal).max())
     signal = signal[loud[0] : loud[-1] + 1]

@@ -111,9 +111,8 @@ def build_model(specs: dict[str, ModalitySpec], classes: int, config: ModelConfi
     Kaiming-normal (fan-out) convolutions, Xavier-normal linear layers, zero biases, unit norms (the papers'
     initialisation).
     """
-    with torch.device("meta"):
-        skeleton = MultimodalModel(specs, classes, config)
-    model = skeleton.to_empty(device="cpu")
+    with torch.random.fork_rng(devices=[]):  # torch's own draws are overwritten below and leave no trace
+        model = MultimodalModel(specs, classes, config)
     for path, module in model.named_modules():
         if isinstance(module, nn.Conv2d | nn.Linear):
             generator = seeding.torch_rng(seed, f"init/{path}")
@@ -124,8 +123,6 @@ def build_model(specs: dict[str, ModalitySpec], classes: int, config: ModelConfi
                     nn.init.xavier_normal_(module.weight, generator=generator)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-        elif isinstance(module, nn.GroupNorm | nn.BatchNorm2d):
-            module.reset_parameters()
     for name in model.state_dict():
         block_of(name)
     return model

@@ -24,28 +24,9 @@ from typing import ClassVar, Literal, cast
 
 import numpy as np
 import numpy.typing as npt
-import torch
-from torch import Tensor
 
-from server.knowledge import Directions, Imbalance
+from server.knowledge import Directions, Imbalance, Matrix
 from server.selection.base import Pick, Selector, Situation, draw
-
-Matrix = npt.NDArray[np.float64]
-
-
-def distances(vectors: Tensor, normalise: bool = False) -> Matrix:
-    """Euclidean distances [K, K] between direction vectors [K, P], exact zeros on the diagonal.
-
-    Args:
-        vectors: One row a client.
-        normalise: Scale rows to unit length first (an option, not the paper's).
-    """
-    v = vectors.to(torch.float64)
-    if normalise:
-        v = v / v.norm(dim=1, keepdim=True).clamp(min=1e-12)
-    # Differences instead of the Gram form: nearly equal directions must not come out as noise.
-    d = torch.cdist(v, v, compute_mode="donot_use_mm_for_euclid_dist").numpy()
-    return cast(Matrix, d)
 
 
 class Cover:
@@ -107,7 +88,7 @@ class DivFL(_Greedy):
         """See `Selector.select`."""
         kind, key = ("directions", "joint") if self.vectors == "encoders" else ("whole_directions", "whole")
         known = cast(Directions, situation.knowledge[kind])
-        cover = Cover(distances(known.vectors(key), self.normalize_delta))
+        cover = Cover(known.distances(key, self.normalize_delta))
         pool, picks = list(situation.candidates), []
         for _ in range(min(count, len(pool))):
             client = cover.best(self._step_pool(pool, count, len(situation.federates.owned), rng))
@@ -135,8 +116,8 @@ class CMSFed(_Greedy):
         imbalance = cast(Imbalance, situation.knowledge["imbalance"])
         dominant, weak = imbalance.order()
         weak_name = situation.federates.modalities[weak]
-        cover_all = Cover(distances(directions.vectors("joint"), self.normalize_delta))
-        cover_weak = Cover(distances(directions.vectors(f"encoder.{weak_name}"), self.normalize_delta))
+        cover_all = Cover(directions.distances("joint", self.normalize_delta))
+        cover_weak = Cover(directions.distances(f"encoder.{weak_name}", self.normalize_delta))
         owned = situation.federates.owned
         pool, picks = list(situation.candidates), []
         for _ in range(min(count, len(pool))):

@@ -12,7 +12,8 @@ from fedmm.models.blocks import block_of
 from fedmm.objectives import OBJECTIVES
 from fedmm.objectives.infiltration import Infiltration, pairwise_temperature
 from server.aggregation import Update, blockwise_mean
-from server.selection.submodular import Cover, distances
+from server.knowledge import distances
+from server.selection.submodular import Cover
 
 NO_LOSS = {"objective__alpha": 0.0}
 

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 
 from fedmm.config.schema import Plugin
 from fedmm.seeding import numpy_rng
-from server.knowledge import Directions, Federates, Imbalance, WholeDirections
+from server.knowledge import Directions, Federates, Imbalance, WholeDirections, distances
 from server.selection import Situation, build_selector
-from server.selection.submodular import Cover, DivFL, distances
+from server.selection.submodular import Cover, DivFL
 
 
 def situation(rng, clients, uni_modal=0.0, modalities=("m1", "m2")):
