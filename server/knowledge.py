@@ -192,13 +192,13 @@ def distances(
         rows: With `known`: the clients whose vectors changed; only their rows and columns are computed.
         known: Distances before the change.
     """
-    v = vectors
+    v = vectors.to(torch.float64)
     if normalise:
         v = v / v.norm(dim=1, keepdim=True).clamp(min=1e-12)
     result = np.zeros((len(v), len(v))) if known is None else known.copy()
     for i in range(len(v)) if known is None else rows:
         # Differences instead of the Gram form: nearly equal directions must not come out as noise.
-        row = (v - v[i]).to(torch.float64).square().sum(1).sqrt().numpy()
+        row = (v - v[i]).square().sum(1).sqrt().numpy()
         result[i, :] = result[:, i] = row
     return result
 
