@@ -49,7 +49,7 @@ def mlp(spec: ModalitySpec, features: int, width: int | None, norm: Norm) -> nn.
 
 
 def text(spec: ModalitySpec, features: int, width: int | None, norm: Norm) -> nn.Module:
-    """Hashed n-grams [B, buckets] -> embedding sum (a Linear on the bag, default width 64) -> ReLU -> Linear -> scale."""
+    """Hashed n-grams [B, buckets] -> embedding sum (Linear on the bag, default width 64) -> ReLU -> Linear -> scale."""
     width = width or 64
     return nn.Sequential(
         nn.Linear(prod(spec.shape), width), nn.ReLU(), nn.Linear(width, features), _scale(norm, features)

@@ -23,6 +23,8 @@ class PowerOfChoice(Selector):
 
     def select(self, situation: Situation, count: int, rng: np.random.Generator) -> list[Pick]:
         """See `Selector.select`."""
+        if not situation.candidates:
+            return []
         pool = np.array(situation.candidates)
         size = min(len(pool), max(count, self.d or 2 * count))
         n = np.array([situation.federates.samples[k] for k in pool], dtype=float)
