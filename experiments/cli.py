@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from experiments.guard import CODES, DEGRADED, Guarded, stdout_for_result
+from experiments.guard import CODES, DEGRADED, Guarded, quiet_stdout
 from fedmm.config.explain import explain as explain_config
 from fedmm.config.load import Resolved, load_compare, load_config
 from fedmm.config.schema import Config, DataConfig
@@ -94,13 +94,13 @@ def run(
     path, changes = _arguments(config, overrides)
     resolved = load_config(path, [*changes, *([f"engine.name={engine}"] if engine else [])]).config
     target = out or Path("runs") / _run_name(resolved)
-    with stdout_for_result() if as_json else contextlib.nullcontext(sys.stdout) as stdout:
+    with quiet_stdout() if as_json else contextlib.nullcontext():
         from experiments import runner
 
         runner.check(resolved)
         summary = runner.run(resolved, target, resume=resume, console=Console(stderr=True))
     if as_json:
-        typer.echo(json.dumps(summary, indent=2), file=stdout)
+        typer.echo(json.dumps(summary, indent=2))
     else:
         _console().print(_summary_table(summary))
         typer.echo(f"Written to {target}")

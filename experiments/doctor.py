@@ -64,7 +64,7 @@ def _torch() -> Iterator[Finding]:
     import torch
 
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
-    yield Finding("torch", f"{torch.get_num_threads()} threads of {os.cpu_count()} cores, {gpu}")
+    yield Finding("compute", f"{torch.get_num_threads()} threads of {os.cpu_count()} cores, {gpu}")
 
 
 def _ray() -> Iterator[Finding]:

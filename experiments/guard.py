@@ -7,7 +7,7 @@ import os
 import sys
 import traceback
 from collections.abc import Iterator
-from typing import Any, TextIO
+from typing import Any
 
 import click
 import typer
@@ -61,19 +61,14 @@ class Guarded(TyperGroup):
 
 
 @contextlib.contextmanager
-def stdout_for_result() -> Iterator[TextIO]:
-    """Send whatever is printed meanwhile, by libraries and child processes too, to standard error.
-
-    Yields:
-        The real standard output, for the result alone.
-    """
-    result = sys.stdout
-    result.flush()
+def quiet_stdout() -> Iterator[None]:
+    """Send whatever is printed meanwhile, by libraries and child processes too, to standard error."""
+    sys.stdout.flush()
     saved = os.dup(1)
     try:
         os.dup2(2, 1)
         with contextlib.redirect_stdout(sys.stderr):
-            yield result
+            yield
     finally:
         os.dup2(saved, 1)
         os.close(saved)
