@@ -168,6 +168,23 @@ def test_quarantine_leaves_a_client_out_for_a_while(tmp_path):
     assert short == [1, 2]  # a client in quarantine is not asked, so later rounds are complete
 
 
+@pytest.mark.parametrize("method", ["fedavg", "cmsfed", "power-of-choice"])
+def test_rounds_in_which_everyone_is_in_quarantine_are_skipped(tmp_path, method):
+    settings = tiny.config(
+        method,
+        faults=[{"kind": "nan", "rounds": [1], "attempts": 99}],
+        policy__on_short="skip",
+        policy__quarantine_after=1,
+        policy__quarantine_rounds=1,
+        train__rounds=3,
+        train__clients_per_round=6,
+    )
+    summary = tiny.run(tmp_path, settings)
+    assert set(tiny.selected(tmp_path)) == {3}
+    assert [e["round"] for e in events(tmp_path, "short")] == [1, 2]
+    assert (summary["replies_used"], summary["replies_expected"]) == (6, 12)
+
+
 def test_a_good_reply_ends_a_row_of_refusals(tmp_path):
     settings = tiny.config(
         "fedavg",
