@@ -105,7 +105,7 @@ def read_reply(message: Message) -> tuple[ReplyHeader, Tensors, Tensors]:
     """Header, report and model tensors of a reply.
 
     Raises:
-        KeyError, ValueError, TypeError: The content is not a reply; the admission check refuses it.
+        KeyError, ValueError, TypeError, EOFError: The content is not a reply; the admission check refuses it.
     """
     content = message.content
     raw = json.loads(str(content.config_records["reply"]["header"]))

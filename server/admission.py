@@ -81,7 +81,7 @@ def parse(message: Message, task: Task) -> tuple[Any, Tensors, Tensors] | Refusa
         return Refusal(task.client, "error", message.error.reason or f"error code {message.error.code}")
     try:
         header, report, model = read_reply(message)
-    except (KeyError, ValueError, TypeError) as error:
+    except (KeyError, ValueError, TypeError, EOFError) as error:
         return Refusal(task.client, "malformed", f"the reply cannot be read: {error!r}")
     if header.round != task.round:
         return Refusal(task.client, "stale", f"the reply is of round {header.round}, not {task.round}")

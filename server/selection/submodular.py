@@ -28,6 +28,9 @@ import numpy.typing as npt
 from server.knowledge import Directions, Imbalance, Matrix
 from server.selection.base import Pick, Selector, Situation, draw
 
+_TIE = 1e-12
+"""Relative difference of sums below which they count as equal."""
+
 
 class Cover:
     """sum_k min_{i in S} D[k, i] while S grows; D is never written to.
@@ -41,9 +44,12 @@ class Cover:
         self.nearest: npt.NDArray[np.float64] = np.full(len(matrix), np.inf)
 
     def best(self, candidates: Sequence[int]) -> int:
-        """The candidate whose addition leaves the smallest sum; the first in order on a tie."""
+        """The candidate whose addition leaves the smallest sum; the first in order on a tie.
+
+        Two clients that are each other's nearest tie exactly, but for rounding: it must not decide.
+        """
         costs = np.minimum(self.nearest[:, None], self._matrix[:, candidates]).sum(0)
-        return candidates[int(costs.argmin())]
+        return candidates[int((costs <= costs.min() * (1 + _TIE)).argmax())]
 
     def add(self, client: int) -> None:
         """Put a client into S."""

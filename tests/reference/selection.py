@@ -19,15 +19,21 @@ def cost(cov, D, j):
     return sum(min(cov[k], D[k][j]) for k in range(len(D)))
 
 
+def argmin(R, cov, D):
+    """The first of R with the least cost; sums that differ by rounding alone are equal."""
+    least = min(cost(cov, D, j) for j in R)
+    return next(j for j in R if cost(cov, D, j) <= least * (1 + 1e-12))
+
+
 def balanced(V, m, N, D_M, D_W, b, theta, modality_1_dominates, owners_of_W, rng, size=None):
     """[(client, "all" or "weak")] of one round; b[k] = acc_1 / acc_2 of client k."""
     V, S = list(V), []
     cov_M, cov_W = [math.inf] * N, [math.inf] * N
     for _ in range(min(m, len(V))):
         R = random_subset(rng, V, size or max(m, math.floor(0.1 * N)))
-        i_M = min(R, key=lambda j: cost(cov_M, D_M, j))
+        i_M = argmin(R, cov_M, D_M)
         R_W = [j for j in R if j in owners_of_W]
-        i_W = min(R_W, key=lambda j: cost(cov_W, D_W, j)) if R_W else None
+        i_W = argmin(R_W, cov_W, D_W) if R_W else None
         imbalanced = i_W is not None and (b[i_W] > theta if modality_1_dominates else b[i_W] < 1 / theta)
         if imbalanced:
             S.append((i_W, "weak"))
@@ -44,7 +50,7 @@ def divfl(V, m, N, D, rng, size=None):
     V, S, cov = list(V), [], [math.inf] * N
     for _ in range(min(m, len(V))):
         R = random_subset(rng, V, size or max(m, math.floor(0.1 * N)))
-        i = min(R, key=lambda j: cost(cov, D, j))
+        i = argmin(R, cov, D)
         S.append(i)
         cov = [min(cov[k], D[k][i]) for k in range(N)]
         V.remove(i)

@@ -24,10 +24,10 @@ def names(count):
     return tuple(f"m{i + 1}" for i in range(count))
 
 
-def model(modalities, seed=0, depth=2, heads=True, double=True, fusion="concat", fill="infiltration", encoder="mlp"):
+def model(modalities, seed=0, depth=2, heads=True, double=True, fusion="concat", fill="infiltration", norm="none"):
     """A random model with every bias moved off zero; depth None = no projectors."""
     config = ModelConfig(
-        encoder=encoder,
+        norm=norm,
         features=FEATURES,
         width=7,
         fusion=fusion,

@@ -1,5 +1,7 @@
 """Selectors: uniform is uniform, cover covers, power-of-choice chooses power."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +12,7 @@ from fedmm.errors import ConfigError
 from fedmm.seeding import numpy_rng
 from server.knowledge import Directions, Federates, Imbalance, WholeDirections
 from server.selection import Situation, build_selector
-from server.selection.submodular import CMSFed, DivFL
+from server.selection.submodular import CMSFed, Cover, DivFL
 
 CLIENTS, COUNT, ROUNDS = 20, 5, 2000
 
@@ -191,3 +193,17 @@ def test_three_modalities_train_the_weakest_alone(accuracy):
 def test_mistakes_are_explained(params, match):
     with pytest.raises(ConfigError, match=match):
         build_selector(Plugin(**params))
+
+
+def test_rounding_does_not_decide_between_mutual_neighbours():
+    rng = np.random.default_rng(100_000)
+    for _ in range(200):
+        v = rng.normal(size=(9, 3))
+        D = np.sqrt(((v[:, None] - v) ** 2).sum(2))
+        cover = Cover(D)
+        cover.add(0)
+        pool = list(range(1, 9))
+        chosen = cover.best(pool)
+        costs = {k: math.fsum(np.minimum(cover.nearest, D[:, k])) for k in pool}
+        best = min(costs.values())
+        assert chosen == next(k for k in pool if costs[k] <= best * (1 + 1e-12))
