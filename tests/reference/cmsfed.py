@@ -1,7 +1,8 @@
 """CMSFed / BMSFed's local side, sample by sample and symbol by symbol as in the paper; slow on purpose.
 
-Where the paper is silent: a class without a prototype has no logit; samples that lack a modality count only for those
-that they have; the weak one of more than two modalities is the one of the smallest sum.
+Where the paper is silent: a class without a prototype has no logit, and a modality without any prototype guesses;
+samples that lack a modality count only for those that they have; the weak one of more than two modalities is the one
+of the smallest sum.
 """
 
 import math
@@ -38,7 +39,7 @@ def true_class_probability(p, data, i, m, C):
     logits = l(p, data, i, m, C)
     y = int(data.y[i])
     if y not in logits:
-        return 0.0
+        return 0.0 if logits else 1 / data.classes
     return softmax(torch.stack(list(logits.values())))[list(logits).index(y)].item()
 
 
