@@ -6,6 +6,7 @@ import tiny
 import torch
 from torch.nn import functional as F
 
+from fedmm.data.audio import log_spectrogram
 from fedmm.data.partition import dirichlet
 from fedmm.metrics.local import STATISTICS, evaluate
 from fedmm.models.blocks import block_of
@@ -260,3 +261,13 @@ def test_8_dirichlet_respects_the_cap_and_places_every_sample_once(alpha):
     if alpha > 1e6:
         counts = np.array([np.bincount(y[rows], minlength=6) for rows in placed])
         assert np.abs(counts - F.one_hot(torch.tensor(y), 6).sum(0).numpy() / clients).max() <= 1
+
+
+@pytest.mark.parametrize(("seconds", "frames"), [(3, 299), (10, 1004)])
+@pytest.mark.parametrize("length", [7_000, 200_000])
+def test_8_spectrograms_have_the_papers_shapes(seconds, frames, length):
+    signal = np.random.default_rng(0).normal(size=length)
+    image = log_spectrogram(signal, seconds)
+    assert image.shape == (257, frames)
+    assert abs(image.mean()) < 1e-4
+    assert abs(image.std() - 1) < 1e-3
