@@ -120,7 +120,8 @@ def log_spectrogram(signal: npt.NDArray[np.floating], seconds: float) -> Wave:
     wave = np.clip(np.tile(signal, -(-length // len(signal)))[:length], -1.0, 1.0)
     _, _, power = spectrogram(wave, PAPER_RATE, nperseg=512, noverlap=353)
     log = np.log(np.abs(power) + 1e-7)
-    return ((log - log.mean()) / (log.std() + 1e-9)).astype(np.float32)
+    image: Wave = ((log - log.mean()) / (log.std() + 1e-9)).astype(np.float32)
+    return image
 
 
 def _mel_bank() -> npt.NDArray[np.float64]:
