@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from fedmm.errors import RunError
 from fedmm.io.run_directory import Row
 from fedmm.metrics.classification import accuracy, macro_f1
 from fedmm.metrics.local import solve_probe
@@ -27,7 +28,14 @@ def figures(merged: Tensors, modalities: Sequence[str]) -> dict[str, Any]:
         modality_gap: largest minus smallest masked accuracy. `masked`: fused prediction with the other modalities
         absent; `head`: the modality's own head; `probe`: linear probe fitted on training features; `feature_std`:
         mean standard deviation of the encoder's features over samples (0: collapsed).
+
+    Raises:
+        RunError: There are no reports.
     """
+    if "confusion" not in merged:
+        raise RunError(
+            "no client returned evaluation figures", where="evaluate", remedy="look at the events in manifest.json"
+        )
     per_modality: dict[str, dict[str, float | None]] = {}
     for m in modalities:
         entry: dict[str, float | None] = {
