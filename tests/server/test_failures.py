@@ -224,11 +224,11 @@ def test_a_block_moves_only_with_enough_owners(tmp_path):
 
 
 class Meddling(InProcessGrid):
-    """A network that does to train replies what `meddle(message, reply)` says: a list of what arrives."""
+    """A network that does to replies of one kind what `meddle(message, reply)` says: a list of what arrives."""
 
-    def __init__(self, clients, meddle):
+    def __init__(self, clients, meddle, kind="train"):
         super().__init__(CLIENT_APP, clients)
-        self.meddle = meddle
+        self.meddle, self.kind = meddle, kind
 
     def stream(self, messages, *, timeout=None):
         messages = list(messages)
@@ -236,7 +236,7 @@ class Meddling(InProcessGrid):
         for reply in super().stream(messages, timeout=timeout):
             sent = sent or {m.metadata.message_id: m for m in messages}
             message = sent[reply.metadata.reply_to_message_id]
-            yield from [reply] if message.metadata.message_type != "train" else self.meddle(message, reply)
+            yield from [reply] if message.metadata.message_type != self.kind else self.meddle(message, reply)
 
 
 def spoilt(message, reply):
@@ -305,3 +305,18 @@ def test_a_lying_header_cannot_pass_as_complete_training(tmp_path):
     server._connect()
     server._bootstrap()
     assert all(float(v.norm()) > 0 for v in server.knowledge["whole_directions"].vectors("whole"))
+
+
+def test_evaluation_goes_on_without_those_that_fail_and_says_so(tmp_path):
+    def lose_one(message, reply):
+        return [] if read_reply(reply)[0].client == 4 else [reply]
+
+    summary = run_on(tmp_path, Meddling(6, lose_one, "evaluate"), policy__deadline_s=60.0)
+    assert summary["status"] == "completed"
+    missing = {(e["client"], e["decision"]) for e in events(tmp_path, "late")}
+    assert missing == {(4, "not in val figures"), (4, "not in test figures")}
+
+
+def test_evaluation_without_any_reply_is_an_error_of_the_run(tmp_path):
+    with pytest.raises(RunError, match="no client returned evaluation figures"):
+        run_on(tmp_path, Meddling(6, lambda message, reply: [], "evaluate"), policy__deadline_s=60.0)
