@@ -16,7 +16,7 @@ from fedmm.config.schema import Config
 from fedmm.engines.inprocess import InProcessGrid
 from fedmm.errors import Interrupted, RunError
 from fedmm.io.files import write_json
-from fedmm.io.run_directory import RunDirectory, read_summary
+from fedmm.io.run_directory import RunDirectory, check_place, read_summary
 from server.app import ROUND_MARK
 from server.callbacks import Callback, RoundReport
 from server.loop import Server
@@ -89,7 +89,7 @@ def run(
     """
     check(config)
     if resume and (done := read_summary(out)) is not None:
-        RunDirectory(out, config, resume=True)
+        check_place(out, config, resume=True)
         return done
     console = console or Console(stderr=True, quiet=True)
     if config.engine.name == "flower" and grid is None:

@@ -67,7 +67,7 @@ class RunDirectory:
         self, path: Path, config: Config, *, resume: bool = False, label: dict[str, str] | None = None
     ) -> None:
         self.path, self.config = path, config
-        self._stop_if_taken(resume)
+        check_place(path, config, resume=resume)
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
             self.checkpoint: Checkpoint | None = load_checkpoint(self.checkpoints) if resume else None
@@ -92,7 +92,7 @@ class RunDirectory:
     def append(self, rows: Iterable[Row]) -> None:
         """Append measurements to metrics.jsonl and flush."""
         with (self.path / "metrics.jsonl").open("a") as handle:
-            handle.writelines(json.dumps(_finite(r._asdict())) + "\n" for r in rows)
+            handle.writelines(map(_line, rows))
 
     def update_manifest(self, values: dict[str, Any]) -> None:
         """Merge values into manifest.json."""
@@ -107,33 +107,37 @@ class RunDirectory:
         self.update_manifest({"ended": now()})
         write_json(self.path / "summary.json", summary)
 
-    def _stop_if_taken(self, resume: bool) -> None:
-        old = self.path / "config.yaml"
-        if self.path.exists() and not self.path.is_dir():
-            raise RunError("is not a directory", where=str(self.path), remedy="choose another --out")
-        if not old.exists():
-            return
-        before, new = load_config(old).config.model_dump(), self.config.model_dump()
-        changed = [k for k in new if k not in _FREE_KEYS and before[k] != new[k]]
-        if changed:
-            raise ConfigError(
-                f"holds a run with other values of {', '.join(changed)}",
-                where=str(self.path),
-                remedy="choose another --out, or delete the directory",
-            )
-        if not resume:
-            raise ConfigError(
-                "holds this run already", where=str(self.path), remedy="add --resume, or choose another --out"
-            )
-
     def _truncate_metrics(self, last: int) -> None:
-        """Drop measurements after the checkpoint: the resumed run makes them again."""
+        """Drop what the resumed run measures again: everything after the checkpoint, and the final test."""
         path = self.path / "metrics.jsonl"
         if path.exists():
             frame = read_metrics(self.path)
-            kept = frame[frame["round"] <= last]
-            write_bytes(path, b"")
-            self.append(Row(*_plain(r)) for r in kept.itertuples(index=False))
+            kept = frame[(frame["round"] <= last) & (frame["split"] != "test")]
+            write_bytes(path, "".join(_line(Row(*_plain(r))) for r in kept.itertuples(index=False)).encode())
+
+
+def check_place(path: Path, config: Config, *, resume: bool) -> None:
+    """Make sure that a directory is free, or holds this very run and `resume` was asked for; change nothing.
+
+    Raises:
+        ConfigError: It holds another run, or one that `resume` was not given for.
+        RunError: It is no directory.
+    """
+    old = path / "config.yaml"
+    if path.exists() and not path.is_dir():
+        raise RunError("is not a directory", where=str(path), remedy="choose another --out")
+    if not old.exists():
+        return
+    before, new = load_config(old).config.model_dump(), config.model_dump()
+    changed = [k for k in new if k not in _FREE_KEYS and before[k] != new[k]]
+    if changed:
+        raise ConfigError(
+            f"holds a run with other values of {', '.join(changed)}",
+            where=str(path),
+            remedy="choose another --out, or delete the directory",
+        )
+    if not resume:
+        raise ConfigError("holds this run already", where=str(path), remedy="add --resume, or choose another --out")
 
 
 def read_metrics(path: Path) -> pd.DataFrame:
@@ -165,6 +169,10 @@ def now() -> str:
 
 def _plain(row: Any) -> tuple[Any, ...]:
     return tuple(None if pd.isna(v) else v.item() if hasattr(v, "item") else v for v in row)
+
+
+def _line(row: Row) -> str:
+    return json.dumps(_finite(row._asdict())) + "\n"
 
 
 def _finite(row: dict[str, Any]) -> dict[str, Any]:
