@@ -58,7 +58,9 @@ TABLES = {
 
 
 def main() -> None:
-    """Entry point of the console script."""
+    """Entry point of the console script; `module:name` finds the user's own files in the working directory."""
+    # Last, so that no file there can hide a package. Ray's and Flower's workers get this path too.
+    sys.path.append("")
     app()
 
 
