@@ -13,6 +13,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from experiments.report import curves, maps
 from experiments.report.findings import findings, overview, what_ran
 from experiments.report.read import Run, Study, data_name, number, read_study
+from experiments.report.runs import runs_table, tuning_table
 from experiments.report.svg import MODALITIES, Picture
 from experiments.report.table import columns, comparison_table, notes, percent, points, to_latex, to_markdown
 from fedmm.errors import RunError
@@ -34,7 +35,7 @@ class ReportFiles:
 
 
 def write_report(directories: Sequence[Path], out: Path) -> ReportFiles:
-    """Write `report.html`, `table.md`, `table.csv` and `table.tex` on runs and comparisons into `out`.
+    """Write `report.html`, `table.{md,csv,tex}`, `runs.csv` and, after tuning, `tuning.csv` into `out`.
 
     Args:
         directories: Directories that `fedmm run` or `fedmm compare` wrote.
@@ -52,7 +53,11 @@ def write_report(directories: Sequence[Path], out: Path) -> ReportFiles:
         "table.md": to_markdown(study, table),
         "table.csv": table.to_csv(index=False),
         "table.tex": to_latex(study, table),
+        "runs.csv": runs_table(study).to_csv(index=False),
     }
+    tuned = [d for d in directories if (d / "compare.json").exists() and len(tuning_table(d))]
+    if tuned:
+        texts["tuning.csv"] = pd.concat([tuning_table(d) for d in tuned]).to_csv(index=False)
     try:
         out.mkdir(parents=True, exist_ok=True)
         for name, text in texts.items():
@@ -61,7 +66,7 @@ def write_report(directories: Sequence[Path], out: Path) -> ReportFiles:
         raise RunError(
             f"the report cannot be written: {error.strerror}", where=str(out), remedy="choose another directory"
         ) from error
-    html, markdown, csv, latex = (out / name for name in texts)
+    html, markdown, csv, latex = (out / name for name in list(texts)[:4])
     return ReportFiles(html, markdown, csv, latex, study, table)
 
 
