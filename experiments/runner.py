@@ -87,16 +87,17 @@ def run(
         FedmmError: Bad configuration, missing data, a failed run, or (Interrupted) the user stopped it; the
             directory's summary.json says which, and `resume` goes on after the last checkpoint.
     """
+    config = _absolute_root(config)
     check(config)
     if resume and (done := read_summary(out)) is not None:
         check_place(out, config, resume=True)
         return done
     console = console or Console(stderr=True, quiet=True)
+    prepared = plan(config)
     if config.engine.name == "flower" and grid is None:
         return _run_flower(config, out, resume, console)
     # One thread, here and in the workers: sums over more threads round differently, and small models gain nothing.
     torch.set_num_threads(1)
-    prepared = plan(config)
     directory = RunDirectory(out, config, resume=resume, label=label)
     title = (label or {}).get("label") or config.method or config.objective.name
     with _progress(console) as progress, _recorded_failure(directory):
@@ -109,6 +110,14 @@ def run(
     summary |= label or {}
     directory.finish(summary)
     return summary
+
+
+def _absolute_root(config: Config) -> Config:
+    """Workers do not share this process's working directory."""
+    if config.data.root is None:
+        return config
+    data = config.data.model_copy(update={"root": str(Path(config.data.root).expanduser().resolve())})
+    return config.model_copy(update={"data": data})
 
 
 def _progress(console: Console) -> Progress:
