@@ -1,0 +1,50 @@
+"""The engine and the number of its workers change no bit of a result."""
+
+import pytest
+from drill import METHODS, finish, result, settings, start, undisturbed
+
+from experiments.runner import CLIENT_APP, run
+from fedmm.engines.ray_workers import RayGrid, RayPool
+
+
+@pytest.fixture(scope="module")
+def expected(tmp_path_factory):
+    """Results of engine inproc by method."""
+    found = {}
+    for method in METHODS:
+        out = tmp_path_factory.mktemp(method) / "run"
+        undisturbed(out, settings(method))
+        found[method] = result(out)
+    return found
+
+
+@pytest.fixture(scope="module")
+def pools():
+    """Pools of 1, 2 and 3 workers on one Ray instance."""
+    made = {workers: RayPool(CLIENT_APP, workers) for workers in (1, 2, 3)}
+    yield made
+    for pool in made.values():
+        pool.close()
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3])
+@pytest.mark.parametrize("method", METHODS)
+def test_ray_gives_the_same_bits(tmp_path, pools, expected, method, workers):
+    config = settings(method, engine__name="ray", engine__workers=workers)
+    pools[workers].wait(workers)
+    summary = run(config, tmp_path, grid=RayGrid(pools[workers], config.scenario.clients))
+    assert summary["weights_sha256"] == expected[method][0]["weights_sha256"]
+    assert summary["engine"] == "ray"
+    assert result(tmp_path) == expected[method]
+
+
+def test_the_methods_differ(expected):
+    assert len({summary["weights_sha256"] for summary, _ in expected.values()}) == len(METHODS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
+def test_flower_gives_the_same_bits(tmp_path, expected, method):
+    out = tmp_path / "run"
+    finish(start(settings(method), out, "--engine", "flower"))
+    assert result(out) == expected[method]
