@@ -114,6 +114,11 @@ def test_uni_modal_client_fills_the_hole_with_the_infiltration_feature(count):
     for m in modalities:
         data = tiny.data(modalities, 8).only([m])
         compare(modalities, data, prox_mu=0.3)
+        blocks = blocks_of(tiny.model(modalities).state_dict())
+        trained = Infiltration().trained_blocks(blocks, (m,))
+        # No self loss there: its H^m has nothing to say in the mean of this block.
+        assert set(trained) == {f"encoder.{m}", f"projector.{m}.self", f"projector.{m}.infiltration", "head.joint"}
+        assert Infiltration().trained_blocks(blocks, modalities) == blocks
 
 
 def test_client_that_owns_two_of_three_modalities():

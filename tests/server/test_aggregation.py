@@ -34,6 +34,8 @@ def updates(seed, clients, samples=None):
 @given(seed=st.integers(0, 100_000), clients=st.integers(1, 12), data=st.data())
 def test_order_of_replies_changes_no_bit(seed, clients, data):
     model, found = updates(seed, clients)
+    # In double precision, where no final rounding hides the order of a sum.
+    model = {n: t.double() for n, t in model.items()}
     shuffled = data.draw(st.permutations(found))
     assert weights_sha256(blockwise_mean(model, found)) == weights_sha256(blockwise_mean(model, shuffled))
 
