@@ -59,8 +59,9 @@ TABLES = {
 
 def main() -> None:
     """Entry point of the console script; `module:name` finds the user's own files in the working directory."""
-    # Last, so that no file there can hide a package. Ray's and Flower's workers get this path too.
-    sys.path.append("")
+    # Last, so that nothing there can hide a package, and after our own root, which an editable install leaves off the
+    # path. Ray's and Flower's workers get this path too.
+    sys.path += [str(Path(__file__).resolve().parents[1]), ""]
     app()
 
 
