@@ -63,7 +63,7 @@ def compare(modalities, data, seed=0, known=1.0, bootstrap=False, **settings):
 
 @pytest.mark.parametrize("variant", ["v2", "v1"])
 @pytest.mark.parametrize("count", [2, 3])
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25, deadline=None, derandomize=True)
 @given(seed=st.integers(0, 10_000), missing=st.sampled_from([0.0, 0.3, 0.6]), known=st.sampled_from([1.0, 0.6]))
 def test_loss_and_gradient(count, variant, seed, missing, known):
     modalities = tiny.names(count)
@@ -103,7 +103,7 @@ def test_prototypes_of_one_modality_only_do_not_break_a_client_that_owns_both():
     assert state["global_known.m2"].sum() == len(set(data.y.tolist()))
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20, deadline=None, derandomize=True)
 @given(seed=st.integers(0, 10_000), missing=st.sampled_from([0.0, 0.4]))
 def test_prototype_report_and_nearest_prototype_accuracy(seed, missing):
     modalities = tiny.names(2)

@@ -30,7 +30,7 @@ def updates(seed, clients, samples=None):
     return {n: torch.randn(s, generator=generator) for n, s in MODEL.items()}, found
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50, deadline=None, derandomize=True)
 @given(seed=st.integers(0, 100_000), clients=st.integers(1, 12), data=st.data())
 def test_order_of_replies_changes_no_bit(seed, clients, data):
     model, found = updates(seed, clients)
@@ -40,7 +40,7 @@ def test_order_of_replies_changes_no_bit(seed, clients, data):
     assert weights_sha256(blockwise_mean(model, found)) == weights_sha256(blockwise_mean(model, shuffled))
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50, deadline=None, derandomize=True)
 @given(seed=st.integers(0, 100_000), clients=st.integers(1, 12))
 def test_equals_the_exactly_rounded_mean(seed, clients):
     model, found = updates(seed, clients)
@@ -58,7 +58,7 @@ def test_equals_the_exactly_rounded_mean(seed, clients):
             assert abs(value - exact) <= abs(exact) * 2**-24 + slack
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50, deadline=None, derandomize=True)
 @given(seed=st.integers(0, 100_000), n=st.integers(1, 2**28))
 def test_a_single_client_gives_exactly_its_weights(seed, n):
     model, (only,) = updates(seed, 1, n)
@@ -66,7 +66,7 @@ def test_a_single_client_gives_exactly_its_weights(seed, n):
     assert all(torch.equal(mean[name], only.model.get(name, model[name])) for name in model)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30, deadline=None, derandomize=True)
 @given(seed=st.integers(0, 100_000), clients=st.integers(1, 12))
 def test_equal_updates_are_their_mean(seed, clients):
     model, found = updates(seed, clients)
