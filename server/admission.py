@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from flwr.app import Message
 
+from fedmm.metrics.fields import Fields, fault
 from fedmm.models.blocks import is_float
 from fedmm.types import Tensors
 from fedmm.wire import Task, read_reply
@@ -27,25 +28,31 @@ class Refusal:
     reason: str
 
 
-def admit(
-    message: Message,
-    task: Task,
-    expected: Mapping[str, torch.Tensor],
-    owned: tuple[str, ...],
-    max_norm: float | None,
-) -> Update | Refusal:
-    """Check one reply to a train message.
+@dataclass(frozen=True)
+class Expected:
+    """What a good reply to a train message holds.
 
-    Args:
-        message: The reply.
-        task: What the client was asked.
-        expected: Names -> tensors of the global model that the client must return, no more and no less.
+    Attributes:
+        model: Names -> tensors of the global model that the client must return, no more and no less.
+        report: Fields of the report, likewise.
         owned: Modalities that the client owns.
+        samples: Training samples that it said it has.
         max_norm: Largest admitted L2 norm of the update, or None.
+    """
+
+    model: Mapping[str, torch.Tensor]
+    report: Fields
+    owned: tuple[str, ...]
+    samples: int
+    max_norm: float | None = None
+
+
+def admit(message: Message, task: Task, expected: Expected) -> Update | Refusal:
+    """Check one reply to a train message.
 
     Returns:
         The update, or the reason for refusing it: error, malformed, stale, identity, samples, blocks, shape, dtype,
-        finite, norm.
+        finite, report, norm.
     """
 
     def refuse(kind: str, reason: str) -> Refusal:
@@ -55,23 +62,25 @@ def admit(
     if isinstance(parsed, Refusal):
         return parsed
     header, report, model = parsed
-    if not isinstance(header.samples, int) or header.samples <= 0:
-        return refuse("samples", f"the update rests on {header.samples} samples")
-    if missing := sorted(set(expected) - set(model)):
+    if not isinstance(header.samples, int) or not 0 < header.samples <= expected.samples:
+        return refuse("samples", f"the update rests on {header.samples} samples, the client has {expected.samples}")
+    if missing := sorted(set(expected.model) - set(model)):
         return refuse("blocks", f"{len(missing)} tensors are missing, the first is {missing[0]}")
-    if extra := sorted(set(model) - set(expected)):
+    if extra := sorted(set(model) - set(expected.model)):
         return refuse("blocks", f"{len(extra)} tensors were not asked for, the first is {extra[0]}")
     for name, tensor in model.items():
-        if tensor.shape != expected[name].shape:
-            return refuse("shape", f"{name} is {list(tensor.shape)}, not {list(expected[name].shape)}")
-        if tensor.dtype != expected[name].dtype:
-            return refuse("dtype", f"{name} is {tensor.dtype}, not {expected[name].dtype}")
-    for name, tensor in [*model.items(), *report.items()]:
+        if tensor.shape != expected.model[name].shape:
+            return refuse("shape", f"{name} is {list(tensor.shape)}, not {list(expected.model[name].shape)}")
+        if tensor.dtype != expected.model[name].dtype:
+            return refuse("dtype", f"{name} is {tensor.dtype}, not {expected.model[name].dtype}")
+    for name, tensor in model.items():
         if is_float(tensor) and not bool(torch.isfinite(tensor).all()):
             return refuse("finite", f"{name} has values that are not finite")
-    if max_norm is not None and (norm := update_norm(model, expected)) > max_norm:
-        return refuse("norm", f"the update's norm {norm:.4g} exceeds {max_norm:.4g}")
-    complete = set(task.modalities) == set(owned)
+    if reason := fault(report, expected.report):
+        return refuse("report", reason)
+    if expected.max_norm is not None and (norm := update_norm(model, expected.model)) > expected.max_norm:
+        return refuse("norm", f"the update's norm {norm:.4g} exceeds {expected.max_norm:.4g}")
+    complete = set(task.modalities) == set(expected.owned)
     return Update(task.client, header.samples, task.modalities, model, report, header.loss, complete)
 
 

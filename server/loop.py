@@ -13,11 +13,12 @@ from fedmm.config.schema import TrainConfig
 from fedmm.io.checkpoint import Checkpoint, save_checkpoint
 from fedmm.io.files import weights_sha256
 from fedmm.io.run_directory import Row, RunDirectory
+from fedmm.metrics.fields import Sizes, evaluation_fields, statistics_fields
 from fedmm.models import blocks_of
 from fedmm.models.blocks import block_of, serves
 from fedmm.types import Tensors
 from fedmm.wire import Task
-from server.admission import Refusal, admit
+from server.admission import Expected, Refusal, admit
 from server.aggregation import Update, merge_reports
 from server.callbacks import Callback, RoundReport
 from server.knowledge import KNOWLEDGE, Knowledge
@@ -178,13 +179,7 @@ class Server:
                 if message is None:
                     self.policy.late(pick.client, round)
                     continue
-                result = admit(
-                    message,
-                    task,
-                    self._expected(pick.modalities),
-                    self.federates.owned[pick.client],
-                    self.config.policy.max_update_norm,
-                )
+                result = admit(message, task, self._expected(pick, requests))
                 if isinstance(result, Refusal):
                     if self.policy.refused(result, round, attempt):
                         again.append(pick)
@@ -202,10 +197,22 @@ class Server:
         finally:
             self.directory.update_manifest({"events": [e.record() for e in self.policy.events]})
 
-    def _expected(self, modalities: tuple[str, ...]) -> Tensors:
-        """Tensors that a client returns which trains these modalities."""
-        blocks = set(self.plan.objective.trained_blocks(blocks_of(self.model), modalities))
-        return {n: t for n, t in self.model.items() if block_of(n) in blocks and serves(n, modalities)}
+    def _expected(self, pick: Pick, requests: tuple[str, ...]) -> Expected:
+        """What the reply of a picked client must hold."""
+        blocks = set(self.plan.objective.trained_blocks(blocks_of(self.model), pick.modalities))
+        owned = self.federates.owned[pick.client]
+        return Expected(
+            {n: t for n, t in self.model.items() if block_of(n) in blocks and serves(n, pick.modalities)},
+            statistics_fields(requests, owned, self._shape),
+            owned,
+            self.federates.samples[pick.client],
+            self.config.policy.max_update_norm,
+        )
+
+    @property
+    def _shape(self) -> Sizes:
+        model = self.config.model
+        return Sizes(len(self.plan.dataset.classes), model.features, model.unimodal_heads)
 
     def _broadcast(self) -> Tensors:
         wanted = self.plan.objective.knowledge()
@@ -222,7 +229,12 @@ class Server:
         tasks = [Task("", round, k, requests=requests, split=split) for k, n in self._sizes[split].items() if n]
         complete = split != "train" and self.config.scenario.modalities.heldout == "complete"
         owned = [self.federates.modalities if complete else self.federates.owned[t.client] for t in tasks]
-        good, bad = self.session.read(self.session.ask(kind, tasks, parcel, owned, self.config.policy.deadline_s))
+        fields = [
+            statistics_fields(requests, o, self._shape) if requests else evaluation_fields(o, self._shape, broadcast)
+            for o in owned
+        ]
+        replies = self.session.ask(kind, tasks, parcel, owned, self.config.policy.deadline_s)
+        good, bad = self.session.read(replies, fields)
         for refusal in bad:
             self.policy.events.append(
                 Event(round, refusal.kind, refusal.client, refusal.reason, f"not in {split} figures")
@@ -237,7 +249,8 @@ class Server:
         parcel = Parcel(self.model)
         tasks = [Task("", round, k, split="train") for k in clients]
         owned = [self.federates.owned[k] for k in clients]
-        good, _ = self.session.read(self.session.ask("evaluate", tasks, parcel, owned))
+        fields = [evaluation_fields(o, self._shape, {}) for o in owned]
+        good, _ = self.session.read(self.session.ask("evaluate", tasks, parcel, owned), fields)
         return {h.client: float(r["loss"] / r["count"]) for h, r in good}
 
     def _training_rows(self, round: int, updates: Sequence[Update]) -> list[Row]:

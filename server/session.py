@@ -11,6 +11,7 @@ from flwr.serverapp import Grid
 
 from fedmm.engines.grid import stream_replies
 from fedmm.errors import RunError
+from fedmm.metrics.fields import Fields, fault
 from fedmm.models.blocks import bytes_per_block, serves
 from fedmm.types import Tensors
 from fedmm.wire import ReplyHeader, Task, read_reply, task_record, to_record
@@ -123,12 +124,14 @@ class Session:
         return [(task, replies.get(self._nodes[task.client])) for task in tasks]
 
     def read(
-        self, replies: Iterable[tuple[Task, Message | None]]
+        self, replies: Iterable[tuple[Task, Message | None]], fields: Sequence[Fields]
     ) -> tuple[list[tuple[ReplyHeader, Tensors]], list[Refusal]]:
-        """Headers and reports of replies without a model, and the refusals among them."""
+        """Headers and reports of replies without a model, and the refusals among them; `fields` as the replies."""
         good, bad = [], []
-        for task, message in replies:
+        for (task, message), wanted in zip(replies, fields, strict=True):
             parsed = Refusal(task.client, "late", "no reply in time") if message is None else parse(message, task)
+            if not isinstance(parsed, Refusal) and (reason := fault(parsed[1], wanted)):
+                parsed = Refusal(task.client, "report", reason)
             if isinstance(parsed, Refusal):
                 bad.append(parsed)
             else:

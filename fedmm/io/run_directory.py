@@ -74,6 +74,7 @@ class RunDirectory:
             write_bytes(path / "config.yaml", dump_config(config).encode())
             self._truncate_metrics(self.checkpoint.round if self.checkpoint else -1)
             self._manifest: dict[str, Any] = _provenance(config) | (label or {})
+            self._manifest["earlier_sessions"] = self._earlier_sessions() if resume else []
             self.update_manifest({})
         except OSError as error:
             raise RunError(
@@ -106,6 +107,14 @@ class RunDirectory:
         frame.to_parquet(self.path / "metrics.parquet", index=False)
         self.update_manifest({"ended": now()})
         write_json(self.path / "summary.json", summary)
+
+    def _earlier_sessions(self) -> list[dict[str, Any]]:
+        """When this run was started before, and what went wrong then: events after the checkpoint live nowhere else."""
+        try:
+            old = json.loads((self.path / "manifest.json").read_text())
+        except (OSError, ValueError):
+            return []
+        return [*old.get("earlier_sessions", []), {key: old.get(key) for key in ("started", "command", "events")}]
 
     def _truncate_metrics(self, last: int) -> None:
         """Drop what the resumed run measures again: everything after the checkpoint, and the final test."""

@@ -12,11 +12,12 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordD
 from clients.app import app
 from clients.trainer import LocalSchedule, batches
 from fedmm.engines.inprocess import InProcessGrid
+from fedmm.metrics.fields import Field
 from fedmm.models import serves
 from fedmm.spec import client_spec
 from fedmm.types import Tensors
 from fedmm.wire import ReplyHeader, Task, from_record, read_reply, read_task, reply_content, task_record, to_record
-from server.admission import Refusal, admit, parse
+from server.admission import Expected, Refusal, admit, parse
 from server.plan import plan
 
 
@@ -141,7 +142,7 @@ def reply(header=GOOD, report=None, model=None):
 
 
 def verdict(sent):
-    found = admit(sent, TASK, SENT, ("a", "b"), None)
+    found = admit(sent, TASK, Expected(SENT, {}, ("a", "b"), 10))
     return found.kind if isinstance(found, Refusal) else found
 
 
@@ -150,8 +151,35 @@ def test_a_good_reply_is_admitted():
     assert (update.client, update.samples, update.modalities, update.complete) == (2, 10, ("a",), False)
 
 
-def test_a_report_with_nan_is_refused():
-    assert verdict(reply(report={"hits.a": torch.tensor(float("nan"))})) == "finite"
+REPORT = {"prototype_count.a": Field((2,)), "prototype_sum.a": Field((2, 3), signed=True)}
+FULL = {
+    "prototype_count.a": torch.ones(2, dtype=torch.float64),
+    "prototype_sum.a": -torch.ones(2, 3, dtype=torch.float64),
+}
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda r: {"prototype_sum.a": r["prototype_sum.a"]},
+        lambda r: r | {"hits.a": torch.zeros((), dtype=torch.float64)},
+        lambda r: r | {"prototype_sum.a": torch.zeros(1, 3, dtype=torch.float64)},
+        lambda r: r | {"prototype_count.a": torch.ones(2)},
+        lambda r: r | {"prototype_count.a": torch.tensor([1.0, float("nan")], dtype=torch.float64)},
+        lambda r: r | {"prototype_count.a": torch.tensor([1.0, -1.0], dtype=torch.float64)},
+    ],
+    ids=["missing", "extra", "broadcastable", "dtype", "nan", "negative"],
+)
+def test_a_spoilt_report_is_refused(spoil):
+    expected = Expected(SENT, REPORT, ("a", "b"), 10)
+    assert not isinstance(admit(reply(report=FULL), TASK, expected), Refusal)
+    found = admit(reply(report=spoil(FULL)), TASK, expected)
+    assert isinstance(found, Refusal)
+    assert found.kind == "report"
+
+
+def test_more_samples_than_the_client_has_are_refused():
+    assert isinstance(admit(reply(), TASK, Expected(SENT, {}, ("a", "b"), 9)), Refusal)
 
 
 @pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
