@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
 from dataclasses import dataclass
 from multiprocessing import get_context
@@ -157,8 +158,17 @@ def _parallel(todo: Sequence[Job], jobs: int, console: Console) -> list[str]:
                 failures.append(str(error))
                 console.print(f"[{number}/{len(todo)}] {_name(job)}: failed: {error}", style="red", markup=False)
     except KeyboardInterrupt:
+        # A pool waits for all that it has handed out; a run that is killed loses no more than its last round.
+        children = list((executor._processes or {}).values())
         executor.shutdown(wait=False, cancel_futures=True)
+        for child in children:
+            child.kill()
         raise Interrupted("interrupted", remedy="the same command goes on with what is left") from None
+    except BrokenProcessPool:
+        raise RunError(
+            "a process of the comparison was killed",
+            remedy="with enough memory for as many --jobs, the same command goes on with what is left",
+        ) from None
     executor.shutdown()
     return failures
 
