@@ -49,6 +49,10 @@ PRESETS: dict[str, Preset] = {
         "CMSFed as first published (arXiv 2401.00403 v1).",
         {"objective": {"name": "prototypes", "alpha": 2.0, "variant": "v1"}, "selection": _CMSFED_SELECTION},
     ),
+    "mnl": Preset(
+        "Multimodal negative learning: the surer modality teaches what the answer is not (arXiv 2510.20877).",
+        {"objective": "negative", "model": {"unimodal_heads": True}},
+    ),
     "divfl": Preset(
         "Joint loss, clients chosen for diverse gradients by submodular maximisation (Balakrishnan et al., ICLR 2022).",
         {"selection": "divfl"},

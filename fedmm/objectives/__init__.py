@@ -9,6 +9,7 @@ from fedmm.config.schema import Plugin
 from fedmm.objectives.base import Objective
 from fedmm.objectives.infiltration import Infiltration
 from fedmm.objectives.joint import Auxiliary, Joint, Prox
+from fedmm.objectives.negative import Negative
 from fedmm.objectives.prototypes import Prototypes
 from fedmm.plugins import build
 
@@ -19,6 +20,7 @@ OBJECTIVES: Mapping[str, type[Objective]] = MappingProxyType(
         "auxiliary": Auxiliary,
         "infiltration": Infiltration,
         "prototypes": Prototypes,
+        "negative": Negative,
     }
 )
 
