@@ -77,7 +77,7 @@ class Session:
         self.traffic = Traffic()
 
     def connect(self, modalities: tuple[str, ...]) -> tuple[Federates, dict[int, ReplyHeader]]:
-        """Find every client (each node is asked who it is).
+        """Find every client (each node is asked who it is); what they said, sorted by client.
 
         Raises:
             RunError: Clients are missing, doubled, or cannot open their data.
@@ -100,8 +100,10 @@ class Session:
                     remedy="give each node its own partition-id, and scenario.clients their number",
                 )
             headers[raw.client], self._nodes[raw.client] = raw, node
-        owned = tuple(headers[k].modalities for k in range(self._clients))
-        return Federates(modalities, owned, tuple(headers[k].samples for k in range(self._clients))), headers
+        # Sorted by client: node ids are random in Flower, and sums follow this order.
+        hellos = {k: headers[k] for k in range(self._clients)}
+        owned, samples = tuple(h.modalities for h in hellos.values()), tuple(h.samples for h in hellos.values())
+        return Federates(modalities, owned, samples), hellos
 
     def ask(
         self,
