@@ -66,7 +66,7 @@ def test_killed_again_and_again_at_any_moment(tmp_path, expected, method, seed):
     for _ in range(8):
         process = start(config, out, "--resume")
         try:
-            process.communicate(timeout=rng.uniform(0.2, 5.0))
+            process.communicate(timeout=rng.uniform(0.2, 2.2))
         except subprocess.TimeoutExpired:
             kill(process)
             killed += 1
