@@ -4,6 +4,7 @@ import pytest
 from drill import METHODS, finish, result, settings, start, undisturbed
 
 from experiments.runner import CLIENT_APP, run
+from fedmm.engines.inprocess import InProcessGrid
 from fedmm.engines.ray_workers import RayGrid, RayPool
 
 
@@ -35,6 +36,17 @@ def test_ray_gives_the_same_bits(tmp_path, pools, expected, method, workers):
     summary = run(config, tmp_path, grid=RayGrid(pools[workers], config.scenario.clients))
     assert summary["weights_sha256"] == expected[method][0]["weights_sha256"]
     assert summary["engine"] == "ray"
+    assert result(tmp_path) == expected[method]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_who_is_which_node_changes_nothing(tmp_path, expected, method):
+    """Flower's node ids are random, so that sorting by them gives another order of clients each time."""
+    config = settings(method)
+    grid = InProcessGrid(CLIENT_APP, config.scenario.clients)
+    for context, client in zip(grid.contexts.values(), (3, 0, 5, 1, 4, 2), strict=True):
+        context.node_config["partition-id"] = client
+    run(config, tmp_path, grid=grid)
     assert result(tmp_path) == expected[method]
 
 
