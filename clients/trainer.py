@@ -87,6 +87,7 @@ def train(
     blocks = set(objective.trained_blocks(blocks_of(model.state_dict()), shown.modalities))
     parameters: dict[str, Tensor] = {n: p for n, p in model.named_parameters() if block_of(n) in blocks}
     momenta: Tensors = {}
+    noise = seeding.torch_rng(seed, "noise", *path)
     model.train()
     total, steps = torch.zeros((), dtype=torch.float64), 0
     for epoch, rows in batches(len(shown), schedule, seed, *path):
@@ -94,13 +95,15 @@ def train(
         step, parts = 0, 1
         while step < parts:
             # A later loss of the same batch sees the weights that the earlier one left.
-            losses = objective.losses(model, batch, state)
+            seen = dict(state)
+            losses = objective.losses(model, batch, seen)
             loss, parts = losses[step], len(losses)
             for p in parameters.values():
                 p.grad = None
             loss.backward()  # type: ignore[no-untyped-call]
             gradients = {n: p.grad for n, p in parameters.items() if p.grad is not None}
-            gradients = objective.edit_gradients(gradients, parameters, state)
+            seen |= objective.noise(parameters, noise)
+            gradients = objective.edit_gradients(gradients, parameters, seen)
             sgd_step(parameters, gradients, momenta, schedule)
             step, steps = step + 1, steps + 1
             if epoch == schedule.epochs - 1:

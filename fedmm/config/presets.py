@@ -53,6 +53,10 @@ PRESETS: dict[str, Preset] = {
         "Multimodal negative learning: the surer modality teaches what the answer is not (arXiv 2510.20877).",
         {"objective": "negative", "model": {"unimodal_heads": True}},
     ),
+    "ogm-ge": Preset(
+        "Joint loss, the leading modality's encoder is slowed, with noise on the gradients (Peng et al., CVPR 2022).",
+        {"objective": "ogm"},
+    ),
     "divfl": Preset(
         "Joint loss, clients chosen for diverse gradients by submodular maximisation (Balakrishnan et al., ICLR 2022).",
         {"selection": "divfl"},

@@ -10,6 +10,7 @@ from fedmm.objectives.base import Objective
 from fedmm.objectives.infiltration import Infiltration
 from fedmm.objectives.joint import Auxiliary, Joint, Prox
 from fedmm.objectives.negative import Negative
+from fedmm.objectives.ogm import GradientModulation
 from fedmm.objectives.prototypes import Prototypes
 from fedmm.plugins import build
 
@@ -21,6 +22,7 @@ OBJECTIVES: Mapping[str, type[Objective]] = MappingProxyType(
         "infiltration": Infiltration,
         "prototypes": Prototypes,
         "negative": Negative,
+        "ogm": GradientModulation,
     }
 )
 

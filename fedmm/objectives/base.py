@@ -4,8 +4,8 @@ Life of an objective in one round, on one client:
 
     state = begin(model, data, broadcast)            once; `model` holds the received global weights
     for each batch:
-        for loss in losses(model, batch, state):     one optimiser step each
-            gradients = edit_gradients(gradients of loss, parameters, state)
+        for loss in losses(model, batch, step):      one optimiser step each; `step` begins as a copy of `state`
+            gradients = edit_gradients(gradients of loss, parameters, step | noise(parameters, generator))
     report = end(model, data, state)                 once; sums and counts for the server
 
 Two rules carry everything else:
@@ -13,7 +13,8 @@ Two rules carry everything else:
 1. No Python branch in `losses` may depend on data. Choose with masks and `torch.where`: then many clients train
    as one batched computation. Branching on which modalities a batch has is fine: it is fixed for a client.
 2. State is tensors keyed by name: it can be stacked over clients, checkpointed and sent. Tensors whose name begins
-   with "sample." have one row a training sample and are addressed with `batch.index`.
+   with "sample." have one row a training sample and are addressed with `batch.index`. What `losses` finds and
+   `edit_gradients` needs, `losses` adds to the state that it is given: it lives for one step.
 """
 
 from __future__ import annotations
@@ -55,6 +56,10 @@ class Objective:
     def losses(self, model: MultimodalModel, batch: Batch, state: Tensors) -> tuple[Tensor, ...]:
         """Scalar losses of a batch, one optimiser step each."""
         raise TypeError(f"{type(self).__name__} defines no losses")
+
+    def noise(self, parameters: Tensors, generator: torch.Generator) -> Tensors:
+        """Random tensors of one step, which `edit_gradients` finds in its state; `generator` is the client's own."""
+        return {}
 
     def edit_gradients(self, gradients: Tensors, parameters: Tensors, state: Tensors) -> Tensors:
         """Change the gradients of one step; a pure function of named tensors."""

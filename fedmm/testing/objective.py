@@ -93,9 +93,10 @@ class _Case:
         """State, losses, gradients and report of one client under distinct names."""
         model, data, state = self.begin(hole=hole)
         found = {f"state {n}": t.clone() for n, t in state.items()}
-        for i, loss in enumerate(self.objective.losses(model, data.batch(), state)):
+        step = dict(state)
+        for i, loss in enumerate(self.objective.losses(model, data.batch(), step)):
             found[f"loss {i}"] = loss.detach()
-            found |= {f"gradient {i} {n}": g for n, g in self.gradients(model, loss, state).items()}
+            found |= {f"gradient {i} {n}": g for n, g in self.gradients(model, loss, step).items()}
         return found | {f"report {n}": t for n, t in self.objective.end(model, data, state).items()}
 
     def gradients(self, model: MultimodalModel, loss: Tensor, state: Tensors) -> Tensors:
@@ -103,7 +104,8 @@ class _Case:
         parameters = {n: p for n, p in model.named_parameters() if block_of(n) in trained}
         raw = torch.autograd.grad(loss, list(parameters.values()), retain_graph=True, allow_unused=True)
         known = {n: g for n, g in zip(parameters, raw, strict=True) if g is not None}
-        edited = self.objective.edit_gradients(dict(known), dict(parameters), state)
+        noise = self.objective.noise(dict(parameters), seeding.torch_rng(0, "conformance noise"))
+        edited = self.objective.edit_gradients(dict(known), dict(parameters), state | noise)
         assert set(edited) <= set(parameters), f"{self.name}: edit_gradients returns tensors that were not trained"
         for n, g in edited.items():
             assert g.shape == parameters[n].shape, f"{self.name}: edit_gradients changes the shape of {n}"
@@ -127,7 +129,7 @@ def _check_losses(case: _Case) -> None:
     model, data, state = case.begin()
     before = _copies(model)
     for rows in (None, torch.tensor([3, 1, 4]), torch.tensor([2])):
-        losses = case.objective.losses(model, data.batch(rows), state)
+        losses = case.objective.losses(model, data.batch(rows), dict(state))
         assert isinstance(losses, tuple) and losses, f"{case.name}: losses must return a tuple with one loss a step"  # noqa: PT018
         for loss in losses:
             assert loss.dim() == 0, f"{case.name}: a loss is not a scalar"
@@ -201,7 +203,7 @@ def _check_branches(case: _Case) -> None:
             f"instead of if, bool() and .item(): {str(error).splitlines()[0]}"
         ) from error
     for k, (model, _, state) in enumerate(clients):
-        for i, loss in enumerate(case.objective.losses(model, batches[k], state)):
+        for i, loss in enumerate(case.objective.losses(model, batches[k], dict(state))):
             same = torch.allclose(loss, together[i][k], atol=1e-5, rtol=1e-4)
             assert same, f"{case.name}: a client's loss depends on the clients that it is computed with"
 
