@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 
 from fedmm.config.schema import Config
 from fedmm.engines.inprocess import InProcessGrid
-from fedmm.errors import Interrupted, RunError
+from fedmm.errors import ConfigError, Interrupted, RunError
 from fedmm.io.files import write_json
 from fedmm.io.run_directory import RunDirectory, check_place, read_summary
 from server.app import ROUND_MARK
@@ -89,6 +89,8 @@ def run(
     """
     config = _absolute_root(config)
     check(config)
+    if grid is None and config.engine.name == "inproc" and any(fault.kind == "kill" for fault in config.faults):
+        raise ConfigError("a planned kill would end this very process", where="faults", remedy="use engine=ray")
     if resume and (done := read_summary(out)) is not None:
         check_place(out, config, resume=True)
         return done

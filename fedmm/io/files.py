@@ -56,7 +56,7 @@ def read_tensors(path: Path, sha256: str) -> Tensors:
     Raises:
         CheckpointError: Missing, unreadable, or not the bytes that were written.
     """
-    remedy = "delete this checkpoint to go on from the one before, or start anew in another --out"
+    remedy = f"delete this checkpoint ({path.stem}.*) to go on from the one before, or start anew in another --out"
     try:
         content = path.read_bytes()
         if hashlib.sha256(content).hexdigest() != sha256:

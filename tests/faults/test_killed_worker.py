@@ -7,6 +7,9 @@ import signal
 import pytest
 from drill import METHODS, checkpoint, finish, left, living, result, settings, start, undisturbed, wait_for
 
+from experiments.runner import run
+from fedmm.errors import ConfigError
+
 LONG = {"train__rounds": 6, "train__local_epochs": 20}
 
 
@@ -57,3 +60,11 @@ def test_killed_as_planned(tmp_path, expected, method):
     events = json.loads((out / "manifest.json").read_text())["events"]
     assert events
     assert {(e["kind"], e["decision"]) for e in events} == {("error", "asked again (1 of 1)")}
+
+
+def test_a_planned_kill_needs_workers(tmp_path):
+    """In process it would kill the server, and again after every resumption."""
+    config = settings("fedavg", faults=[{"kind": "kill"}])
+    with pytest.raises(ConfigError, match="engine=ray"):
+        run(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
