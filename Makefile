@@ -36,7 +36,10 @@ lint: .venv/dev.stamp
 	$(BIN)/lint-imports
 
 results: .venv/run.stamp
-	$(BIN)/fedmm compare experiments/configs/results.yaml --out experiments/results
+	$(BIN)/fedmm compare experiments/configs/results.yaml --out runs/results --jobs 2
+	$(BIN)/fedmm compare experiments/configs/ablations.yaml --out runs/ablations --jobs 2
+	$(BIN)/fedmm report runs/results --out experiments/results/study
+	$(BIN)/fedmm report runs/ablations --out experiments/results/ablations
 
 clean:
 	rm -rf .venv runs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
