@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from fedmm import seeding
-from fedmm.models.blocks import block_of, blocks_of
+from fedmm.models.blocks import block_of, blocks_of, modality_of
 from fedmm.models.multimodal import MultimodalModel
 from fedmm.objectives import Objective
-from fedmm.types import ClientData, Tensors
+from fedmm.types import Batch, ClientData, Tensors
 
 
 @dataclass(frozen=True)
@@ -44,20 +44,23 @@ class LocalResult:
     steps: int
 
 
-def batches(samples: int, schedule: LocalSchedule, seed: int, *path: int) -> Iterator[tuple[int, Tensor]]:
-    """(epoch, rows) of every batch: a fresh permutation an epoch, the last batch at its true size.
+def batches(
+    objective: Objective, data: ClientData, state: Tensors, schedule: LocalSchedule, seed: int, *path: int
+) -> Iterator[tuple[int, Batch]]:
+    """(epoch, batch) of every batch, as the objective draws them.
 
     Args:
-        samples: Number of local samples.
+        objective: Local method.
+        data: Local training data.
+        state: The objective's state.
         schedule: Epochs and batch size.
         seed: Run seed.
         *path: Round and client, for the stream of permutations.
     """
     generator = seeding.torch_rng(seed, "batches", *path)
     for epoch in range(schedule.epochs):
-        order = torch.randperm(samples, generator=generator)
-        for rows in torch.split(order, schedule.batch_size):
-            yield epoch, rows
+        for batch in objective.batches(data, state, schedule.batch_size, generator):
+            yield epoch, batch
 
 
 def train(
@@ -90,8 +93,9 @@ def train(
     noise = seeding.torch_rng(seed, "noise", *path)
     model.train()
     total, steps = torch.zeros((), dtype=torch.float64), 0
-    for epoch, rows in batches(len(shown), schedule, seed, *path):
-        batch = shown.batch(rows)
+    met: set[str] = set()
+    for epoch, batch in batches(objective, shown, state, schedule, seed, *path):
+        met |= set(batch.x)
         step, parts = 0, 1
         while step < parts:
             # A later loss of the same batch sees the weights that the earlier one left.
@@ -107,7 +111,9 @@ def train(
             sgd_step(parameters, gradients, momenta, schedule)
             step, steps = step + 1, steps + 1
             if epoch == schedule.epochs - 1:
-                total += loss.detach().to(torch.float64) * len(rows)
+                total += loss.detach().to(torch.float64) * len(batch.y)
+    optional = objective.optional_blocks(blocks_of(model.state_dict()), shown.modalities)
+    blocks -= {b for b in optional if modality_of(b) not in met}
     trained = {n: t.detach() for n, t in model.state_dict().items() if block_of(n) in blocks}
     return LocalResult(trained, objective.end(model, shown, state), float(total) / max(len(shown), 1), steps)
 

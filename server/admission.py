@@ -13,7 +13,7 @@ import torch
 from flwr.app import Message
 
 from fedmm.metrics.fields import Fields, fault
-from fedmm.models.blocks import is_float
+from fedmm.models.blocks import block_of, is_float
 from fedmm.types import Tensors
 from fedmm.wire import Task, read_reply
 from server.aggregation import Update, update_norm
@@ -38,6 +38,7 @@ class Expected:
         owned: Modalities that the client owns.
         samples: Training samples that it said it has.
         max_norm: Largest admitted L2 norm of the update, or None.
+        optional: Blocks of `model` that may be left out, as a whole.
     """
 
     model: Mapping[str, torch.Tensor]
@@ -45,6 +46,7 @@ class Expected:
     owned: tuple[str, ...]
     samples: int
     max_norm: float | None = None
+    optional: frozenset[str] = frozenset()
 
 
 def admit(message: Message, task: Task, expected: Expected) -> Update | Refusal:
@@ -64,7 +66,8 @@ def admit(message: Message, task: Task, expected: Expected) -> Update | Refusal:
     header, report, model = parsed
     if not isinstance(header.samples, int) or not 0 < header.samples <= expected.samples:
         return refuse("samples", f"the update rests on {header.samples} samples, the client has {expected.samples}")
-    if missing := sorted(set(expected.model) - set(model)):
+    skipped = expected.optional - {block_of(n) for n in set(model) & set(expected.model)}
+    if missing := sorted(n for n in set(expected.model) - set(model) if block_of(n) not in skipped):
         return refuse("blocks", f"{len(missing)} tensors are missing, the first is {missing[0]}")
     if extra := sorted(set(model) - set(expected.model)):
         return refuse("blocks", f"{len(extra)} tensors were not asked for, the first is {extra[0]}")

@@ -199,7 +199,8 @@ class Server:
 
     def _expected(self, pick: Pick, requests: tuple[str, ...]) -> Expected:
         """What the reply of a picked client must hold."""
-        blocks = set(self.plan.objective.trained_blocks(blocks_of(self.model), pick.modalities))
+        objective, every = self.plan.objective, blocks_of(self.model)
+        blocks = set(objective.trained_blocks(every, pick.modalities))
         owned = self.federates.owned[pick.client]
         return Expected(
             {n: t for n, t in self.model.items() if block_of(n) in blocks and serves(n, pick.modalities)},
@@ -207,6 +208,7 @@ class Server:
             owned,
             self.federates.samples[pick.client],
             self.config.policy.max_update_norm,
+            frozenset(objective.optional_blocks(every, pick.modalities)),
         )
 
     @property

@@ -53,6 +53,10 @@ PRESETS: dict[str, Preset] = {
         "Multimodal negative learning: the surer modality teaches what the answer is not (arXiv 2510.20877).",
         {"objective": "negative", "model": {"unimodal_heads": True}},
     ),
+    "remix": Preset(
+        "Data remixing: each sample keeps the modality that it needs most, each batch has one (Ma et al., ICML 2025).",
+        {"objective": "remixing", "model": {"unimodal_heads": True}},
+    ),
     "ogm-ge": Preset(
         "Joint loss, the leading modality's encoder is slowed, with noise on the gradients (Peng et al., CVPR 2022).",
         {"objective": "ogm"},

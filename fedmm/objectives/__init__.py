@@ -12,6 +12,7 @@ from fedmm.objectives.joint import Auxiliary, Joint, Prox
 from fedmm.objectives.negative import Negative
 from fedmm.objectives.ogm import GradientModulation
 from fedmm.objectives.prototypes import Prototypes
+from fedmm.objectives.remixing import Remixing
 from fedmm.plugins import build
 
 OBJECTIVES: Mapping[str, type[Objective]] = MappingProxyType(
@@ -23,6 +24,7 @@ OBJECTIVES: Mapping[str, type[Objective]] = MappingProxyType(
         "prototypes": Prototypes,
         "negative": Negative,
         "ogm": GradientModulation,
+        "remixing": Remixing,
     }
 )
 

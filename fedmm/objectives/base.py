@@ -3,7 +3,7 @@
 Life of an objective in one round, on one client:
 
     state = begin(model, data, broadcast)            once; `model` holds the received global weights
-    for each batch:
+    for each batch of batches(data, state, size, generator), which is one epoch:
         for loss in losses(model, batch, step):      one optimiser step each; `step` begins as a copy of `state`
             gradients = edit_gradients(gradients of loss, parameters, step | noise(parameters, generator))
     report = end(model, data, state)                 once; sums and counts for the server
@@ -19,7 +19,7 @@ Two rules carry everything else:
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -53,6 +53,11 @@ class Objective:
         """State of this round. `broadcast` has "round" (int64 scalar, from 0) and the server's knowledge."""
         return {}
 
+    def batches(self, data: ClientData, state: Tensors, size: int, generator: torch.Generator) -> Iterator[Batch]:
+        """Batches of one epoch, all modalities in each: a fresh permutation, the last batch at its true size."""
+        for rows in torch.split(torch.randperm(len(data), generator=generator), size):
+            yield data.batch(rows)
+
     def losses(self, model: MultimodalModel, batch: Batch, state: Tensors) -> tuple[Tensor, ...]:
         """Scalar losses of a batch, one optimiser step each."""
         raise TypeError(f"{type(self).__name__} defines no losses")
@@ -72,6 +77,10 @@ class Objective:
     def trained_blocks(self, blocks: Iterable[str], modalities: Sequence[str]) -> tuple[str, ...]:
         """Blocks that a client moves when it trains `modalities`; the others are not sent and carry no weight."""
         return tuple(b for b in blocks if modality_of(b) is None or modality_of(b) in modalities)
+
+    def optional_blocks(self, blocks: Iterable[str], modalities: Sequence[str]) -> tuple[str, ...]:
+        """Those of `trained_blocks` that a client does not send if no batch of the round had their modality."""
+        return ()
 
 
 def masked_mean(values: Tensor, mask: Tensor) -> Tensor:

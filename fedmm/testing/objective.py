@@ -89,6 +89,9 @@ class _Case:
         model, data = self.model(seed), self.data(seed, hole)
         return model, data, self.objective.begin(model, data, dict(self.broadcast))
 
+    def epoch(self, data: ClientData, state: Tensors) -> list[Batch]:
+        return list(self.objective.batches(data, state, 4, seeding.torch_rng(0, "conformance batches")))
+
     def everything(self, hole: float = float("nan")) -> Tensors:
         """State, losses, gradients and report of one client under distinct names."""
         model, data, state = self.begin(hole=hole)
@@ -135,6 +138,12 @@ def _check_losses(case: _Case) -> None:
             assert loss.dim() == 0, f"{case.name}: a loss is not a scalar"
             assert bool(torch.isfinite(loss)), f"{case.name}: a loss is not finite"
             assert loss.requires_grad, f"{case.name}: a loss does not depend on the model"
+    for batch in case.epoch(data, state):
+        assert set(batch.x) <= set(case.owned), f"{case.name}: a batch has modalities that the client does not own"
+        for loss in case.objective.losses(model, batch, dict(state)):
+            assert bool(torch.isfinite(loss)), f"{case.name}: a loss of one of its own batches is not finite"
+    first, second = ([b.index.tolist() for b in case.epoch(data, state)] for _ in range(2))
+    assert first == second, f"{case.name}: two epochs with one generator differ"
     _equal(before, _copies(model), f"{case.name}: losses moves the model")
 
 
@@ -143,6 +152,8 @@ def _check_gradients(case: _Case) -> None:
     blocks = blocks_of(model.state_dict())
     trained = set(case.objective.trained_blocks(blocks, case.owned))
     assert trained <= set(blocks), f"{case.name}: trained_blocks invents blocks"
+    optional = set(case.objective.optional_blocks(blocks, case.owned))
+    assert optional <= trained, f"{case.name}: optional_blocks are not among trained_blocks"
     reached = set()
     for loss in case.objective.losses(model, data.batch(), state):
         every = torch.autograd.grad(loss, list(model.parameters()), retain_graph=True, allow_unused=True)

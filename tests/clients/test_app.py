@@ -14,6 +14,7 @@ from clients.trainer import LocalSchedule, batches
 from fedmm.engines.inprocess import InProcessGrid
 from fedmm.metrics.fields import Field
 from fedmm.models import serves
+from fedmm.objectives.joint import Joint
 from fedmm.spec import client_spec
 from fedmm.types import Tensors
 from fedmm.wire import ReplyHeader, Task, from_record, read_reply, read_task, reply_content, task_record, to_record
@@ -85,15 +86,20 @@ def test_a_weak_only_task_trains_and_returns_one_modality():
 def test_epochs_are_permutations_from_their_own_stream():
     schedule = LocalSchedule(3, 4, 0.1, 0.9, 0.0)
     found: dict[int, list] = {}
-    for epoch, rows in batches(10, schedule, 0, 1, 2):
+    ten = tiny.data(tiny.names(2), 10)
+
+    def drawn(*path):
+        return [(epoch, batch.index) for epoch, batch in batches(Joint(), ten, {}, schedule, *path)]
+
+    for epoch, rows in drawn(0, 1, 2):
         found.setdefault(epoch, []).append(rows)
     assert [len(r) for r in found[0]] == [4, 4, 2]
     orders = [torch.cat(parts) for parts in found.values()]
     assert all(torch.equal(o.sort().values, torch.arange(10)) for o in orders)
     assert not torch.equal(orders[0], orders[1])
-    again = [r for _, r in batches(10, schedule, 0, 1, 2)]
+    again = [r for _, r in drawn(0, 1, 2)]
     assert all(torch.equal(a, b) for a, b in zip([r for p in found.values() for r in p], again, strict=True))
-    others = [torch.cat([r for _, r in batches(10, schedule, *path)]) for path in ((1, 1, 2), (0, 2, 2), (0, 1, 3))]
+    others = [torch.cat([r for _, r in drawn(*path)]) for path in ((1, 1, 2), (0, 2, 2), (0, 1, 3))]
     assert all(not torch.equal(torch.cat(orders), other) for other in others)
 
 
@@ -176,6 +182,18 @@ def test_a_spoilt_report_is_refused(spoil):
     found = admit(reply(report=spoil(FULL)), TASK, expected)
     assert isinstance(found, Refusal)
     assert found.kind == "report"
+
+
+def test_an_optional_block_is_left_out_as_a_whole_or_not_at_all():
+    sent = SENT | {"encoder.a.b": torch.zeros(1)}
+    expected = Expected(sent, {}, ("a", "b"), 10, optional=frozenset({"encoder.a"}))
+    head = {"head.joint.w": torch.zeros(3)}
+    assert set(admit(reply(model=head), TASK, expected).model) == set(head)
+    assert set(admit(reply(model=sent), TASK, expected).model) == set(sent)
+    for part in (SENT, {n: sent[n] for n in ("encoder.a.w", "encoder.a.b")}):
+        found = admit(reply(model=part), TASK, expected)
+        assert isinstance(found, Refusal)
+        assert found.kind == "blocks"
 
 
 def test_more_samples_than_the_client_has_are_refused():
