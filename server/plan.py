@@ -51,6 +51,12 @@ def check(config: Config) -> tuple[Objective, Strategy, Selector]:
                 where=path,
                 remedy=f"set {path}={value}, or use the preset",
             )
+    if config.model.fusion == "late" and (config.model.projector is not None or not config.model.unimodal_heads):
+        raise ConfigError(
+            "late fusion is the mean of the unimodal heads, without projectors",
+            where="model.fusion",
+            remedy="set model.unimodal_heads=true and model.projector=null, or use fusion: concat",
+        )
     if objective.requires >= {"projector"} and config.model.projector is not None and not config.model.unimodal_heads:
         raise ConfigError(
             "the projectors share the unimodal heads", where="model.unimodal_heads", remedy="set it to true"

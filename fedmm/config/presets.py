@@ -51,7 +51,7 @@ PRESETS: dict[str, Preset] = {
     ),
     "mnl": Preset(
         "Multimodal negative learning: the surer modality teaches what the answer is not (arXiv 2510.20877).",
-        {"objective": "negative", "model": {"unimodal_heads": True}},
+        {"objective": "negative", "model": {"fusion": "late", "unimodal_heads": True}},
     ),
     "remix": Preset(
         "Data remixing: each sample keeps the modality that it needs most, each batch has one (Ma et al., ICML 2025).",

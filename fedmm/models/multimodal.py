@@ -2,7 +2,8 @@
 
 Absent modalities: a modality without an entry in `x` is absent from the whole batch, one with `present` False is
 absent from that sample. Neither is ever read. Their half of the fusion is zero, or, behind two projectors, the
-mean infiltration feature of what the sample does have (FedCMI's stand-in: out = F([z_S^1; z_I^1])).
+mean infiltration feature of what the sample does have (FedCMI's stand-in: out = F([z_S^1; z_I^1])). Late fusion has
+no joint head: out is the mean of the own heads' logits over the present modalities.
 """
 
 from __future__ import annotations
@@ -53,9 +54,13 @@ class MultimodalModel(nn.Module):
             if config.projector
             else {}
         )
-        self.fusion = FUSIONS[config.fusion](self.modalities, d)
-        self.head = nn.ModuleDict({"joint": nn.Linear(self.fusion.width, classes)})
-        if config.unimodal_heads:
+        self.fusion: nn.Module = nn.Identity()
+        self.head = nn.ModuleDict()
+        if config.fusion != "late":
+            fusion = FUSIONS[config.fusion](self.modalities, d)
+            self.fusion = fusion
+            self.head["joint"] = nn.Linear(fusion.width, classes)
+        if config.unimodal_heads or config.fusion == "late":
             self.head.update({m: nn.Linear(d, classes) for m in specs})
 
     def encode(self, x: Tensors, present: Tensors) -> Tensors:
@@ -76,15 +81,13 @@ class MultimodalModel(nn.Module):
             pairs = {m: cast(nn.ModuleDict, self.projector[m]) for m in features}
             own = {m: mask[m] * pairs[m]["self"](h) for m, h in features.items()}
             infiltration = {m: mask[m] * pairs[m]["infiltration"](h) for m, h in features.items()}
-        logits = self.head["joint"](self._fuse(own, infiltration, mask))
-        if len(self.head) == 1:
-            return Outputs(logits, features)
-        return Outputs(
-            logits,
-            features,
-            {m: self.head[m](z) for m, z in own.items()},
-            {m: self.head[m](z) for m, z in infiltration.items()},
-        )
+        heads = {m: self.head[m](z) for m, z in own.items() if m in self.head}
+        if "joint" in self.head:
+            logits = self.head["joint"](self._fuse(own, infiltration, mask))
+        else:
+            total = torch.stack([mask[m] * o for m, o in heads.items()]).sum(0)
+            logits = total / torch.stack(list(mask.values())).sum(0).clamp(min=1)
+        return Outputs(logits, features, heads, {m: self.head[m](z) for m, z in infiltration.items() if m in self.head})
 
     def forward(self, x: Tensors, present: Tensors) -> Outputs:
         """Logits and features of a batch; see `Batch` for shapes."""

@@ -12,10 +12,10 @@ The last term is added after a warm-up. Unguided samples stay in its mean.
 
 State: whether the warm-up is over; for `guide: global` the received model's logits of every sample.
 Messages: none besides the model.
-Differences from the paper: `out` is the prediction of whatever fusion the model has, where the paper averages the
-branches' logits. More than two modalities: one guide a sample, which must win both criteria against each. A sample
-counts for the modalities that it has. `reduction: code` with `extra` is the loss of the authors' code: MNL plus a
-cross-entropy on the guided branch, over the number of classes.
+`out` is the model's fused prediction: with `fusion: late` the mean of the branches' logits, as in the paper.
+Differences from the paper: more than two modalities: one guide a sample, which must win both criteria against each. A
+sample counts for the modalities that it has. `reduction: code` with `extra` is the loss of the authors' code: MNL plus
+a cross-entropy on the guided branch, over the number of classes.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ SPECS = {
     "words": ModalitySpec("text", (12,)),
     "sensor": ModalitySpec("vector", (4,)),
 }
-FUSIONS = ["concat", "sum", "gated", "film"]
+FUSIONS = ["concat", "sum", "gated", "film", "late"]
 
 
 def inputs(specs, samples=5, seed=0):
@@ -89,6 +89,16 @@ def test_rows_do_not_touch_each_other(fusion):
     for i in range(8):
         row = data.batch(torch.tensor([i]))
         assert torch.allclose(model(row.x, row.present).logits[0], together[i], atol=1e-12)
+
+
+def test_late_fusion_is_the_mean_of_the_present_heads():
+    modalities = tiny.names(3)
+    model, data = tiny.model(modalities, depth=None, fusion="late"), tiny.data(modalities, 8, 0, 0.4)
+    assert set(blocks_of(model.state_dict())) == {f"{part}.{m}" for part in ("encoder", "head") for m in modalities}
+    out = model(data.x, data.present)
+    for i in range(8):
+        here = [out.modality_logits[m][i] for m in modalities if data.present[m][i]]
+        assert torch.allclose(out.logits[i], torch.stack(here).mean(0), atol=1e-12)
 
 
 def test_a_missing_half_of_the_concatenation_is_zero_or_the_stand_in():

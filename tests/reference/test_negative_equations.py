@@ -22,8 +22,8 @@ SWITCHES = [
 ]
 
 
-def compare(modalities, data, seed=0, broadcast=ON, lam=0.7, **switches):
-    model = tiny.model(modalities, seed, None)
+def compare(modalities, data, seed=0, broadcast=ON, lam=0.7, fusion="late", **switches):
+    model = tiny.model(modalities, seed, None, fusion=fusion)
     objective = Negative(lambda_negative=lam, **switches)
     state = objective.begin(model, data, broadcast)
     p_hat = {n: t.detach().clone() for n, t in model.state_dict().items()}
@@ -43,10 +43,15 @@ def compare(modalities, data, seed=0, broadcast=ON, lam=0.7, **switches):
 
 @pytest.mark.parametrize("count", [2, 3])
 @settings(max_examples=12, deadline=None, derandomize=True)
-@given(seed=st.integers(0, 10_000), missing=st.sampled_from([0.0, 0.4]), switches=st.sampled_from(SWITCHES))
-def test_loss_and_gradient(count, seed, missing, switches):
+@given(
+    seed=st.integers(0, 10_000),
+    missing=st.sampled_from([0.0, 0.4]),
+    switches=st.sampled_from(SWITCHES),
+    fusion=st.sampled_from(["late", "concat"]),
+)
+def test_loss_and_gradient(count, seed, missing, switches, fusion):
     modalities = tiny.names(count)
-    compare(modalities, tiny.data(modalities, 9, seed, missing), seed, **switches)
+    compare(modalities, tiny.data(modalities, 9, seed, missing), seed, fusion=fusion, **switches)
 
 
 @pytest.mark.parametrize("round", [0, 3, 4])

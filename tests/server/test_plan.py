@@ -9,6 +9,11 @@ from server.plan import check, plan
 REFUSED = [
     ({"objective__name": "infiltration"}, r"model\.projector.*fedcmi|model\.projector"),
     ({"objective__name": "auxiliary"}, r"model\.unimodal_heads"),
+    ({"model__fusion": "late"}, r"model\.unimodal_heads"),
+    (
+        {"model__fusion": "late", "model__unimodal_heads": True, "model__projector__depth": 2},
+        r"model\.projector=null",
+    ),
     ({"objective__name": "infiltration", "model__projector__depth": 2}, r"model\.unimodal_heads"),
     ({"model__norm": "batch", "scenario__modalities__missing": 0.2}, r"norm: group"),
     ({"selection__name": "cmsfed", "data__modalities": ["m1"]}, "at least 2 modalities"),
