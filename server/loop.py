@@ -204,7 +204,8 @@ class Server:
         owned = self.federates.owned[pick.client]
         return Expected(
             {n: t for n, t in self.model.items() if block_of(n) in blocks and serves(n, pick.modalities)},
-            statistics_fields(requests, owned, self._shape),
+            statistics_fields(requests, owned, self._shape)
+            | self.plan.objective.report_fields(pick.modalities, self._shape),
             owned,
             self.federates.samples[pick.client],
             self.config.policy.max_update_norm,

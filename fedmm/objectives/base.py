@@ -26,6 +26,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from fedmm.metrics.fields import Fields, Sizes
 from fedmm.models.blocks import modality_of
 from fedmm.models.multimodal import MultimodalModel
 from fedmm.types import Batch, ClientData, Tensors
@@ -71,7 +72,11 @@ class Objective:
         return gradients
 
     def end(self, model: MultimodalModel, data: ClientData, state: Tensors) -> Tensors:
-        """Sums and counts to report to the server with the update."""
+        """Sums and counts to report to the server with the update, float64; all named in `report_fields`."""
+        return {}
+
+    def report_fields(self, modalities: Sequence[str], size: Sizes) -> Fields:
+        """What `end` reports for a client that trains `modalities`: the server refuses anything else."""
         return {}
 
     def trained_blocks(self, blocks: Iterable[str], modalities: Sequence[str]) -> tuple[str, ...]:

@@ -14,6 +14,7 @@ from torch.func import functional_call, vmap
 
 from fedmm import seeding
 from fedmm.config.schema import ModelConfig, ProjectorConfig
+from fedmm.metrics.fields import Sizes, fault
 from fedmm.models import MultimodalModel, block_of, blocks_of, build_model
 from fedmm.objectives import Objective
 from fedmm.types import Batch, ClientData, ModalitySpec, Tensors
@@ -174,6 +175,10 @@ def _check_report(case: _Case) -> None:
     _named_tensors(report, f"{case.name}: the report")
     for n, t in report.items():
         assert bool(torch.isfinite(t).all()), f"{case.name}: the report's {n} is not finite"
+    features = next(iter(model.encode(data.x, data.present).values()))
+    size = Sizes(data.classes, features.shape[1], own_heads=len(model.head) > 1)
+    reason = fault(report, case.objective.report_fields(case.owned, size))
+    assert reason is None, f"{case.name}: report_fields does not describe what end reports: {reason}"
 
 
 def _check_repeatable(case: _Case) -> None:

@@ -165,6 +165,12 @@ class NotAnumber(Joint):
 
 
 @dataclass(frozen=True)
+class Undeclared(Joint):
+    def end(self, model, data, state):
+        return {"samples": torch.tensor(float(len(data)), dtype=torch.float64)}
+
+
+@dataclass(frozen=True)
 class WrongShape(Joint):
     def edit_gradients(self, gradients, parameters, state):
         return {n: g.flatten() for n, g in gradients.items()}
@@ -201,6 +207,7 @@ class Thawed(Objective):
         (TrainsMore, "not trained_blocks"),
         (MovesModel, "moves the model"),
         (NotAnumber, "not finite"),
+        (Undeclared, "report_fields"),
         (WrongShape, "changes the shape"),
         (VectorLoss, "not a scalar"),
         (Remembers, "two calls differ"),
