@@ -22,7 +22,7 @@ demo: .venv/run.stamp
 	$(BIN)/fedmm compare experiments/configs/demo.yaml --out runs/demo
 
 test: .venv/dev.stamp
-	$(BIN)/pytest -m "not slow"
+	$(BIN)/pytest -m "not slow" -n 2 --dist loadfile
 	@$(MAKE) --no-print-directory lint
 
 test-all: .venv/dev.stamp
