@@ -6,6 +6,7 @@ import json
 import math
 import os
 import platform
+import shlex
 import sys
 from collections.abc import Iterable
 from datetime import UTC, datetime
@@ -199,7 +200,7 @@ def _provenance(config: Config) -> dict[str, Any]:
             versions[name] = "not installed"
     return {
         "started": now(),
-        "command": " ".join(sys.argv),
+        "command": shlex.join([Path(sys.argv[0]).name.replace("cli.py", "fedmm"), *sys.argv[1:]]),
         "seed": config.seed,
         "versions": {"python": platform.python_version()} | versions,
         "hardware": {"machine": platform.machine(), "system": platform.system(), "cores": os.cpu_count()},
