@@ -249,7 +249,8 @@ def test_no_process_is_left_after_the_end(tmp_path, end):
     assert driver.returncode == (-9 if "kill" in end else 0), err
     assert len(out.split()) == 2
     assert wait_until_empty(driver.pid) == []
-    assert err == ""
+    # Without any network Ray says on stderr that it falls back to the host's name; anything else is ours.
+    assert [line for line in err.splitlines() if "network_util.cc" not in line] == []
 
 
 @pytest.mark.slow
