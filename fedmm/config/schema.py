@@ -148,11 +148,11 @@ class ModelConfig(Section):
 
     Attributes:
         encoder: "auto" picks by kind (cnn for images and spectrograms, text for hashed n-grams, mlp for
-            vectors); or one name for all, or a mapping modality -> name. Names: mlp, cnn, text, resnet18.
+            vectors); or one name for all, or a mapping modality -> name. Names: mlp, cnn, convnet, text, resnet18.
         features: Width d of each encoder's output.
         width: Hidden width of mlp/text; base channels of cnn/resnet18 (null: each encoder's default).
         norm: Normalisation of cnn and resnet18: group, batch, none.
-        fusion: concat, sum, gated, film: of features, before the joint head; late: mean of the own heads' logits.
+        fusion: concat, sum, gated, film, mlp: of features, before the joint head; late: mean of the own heads' logits.
         projector: FedCMI's projectors; null = none (a method preset switches them on).
         unimodal_heads: One linear head a modality besides the joint head.
     """
@@ -161,7 +161,7 @@ class ModelConfig(Section):
     features: PositiveInt = 64
     width: PositiveInt | None = None
     norm: Literal["group", "batch", "none"] = "group"
-    fusion: Literal["concat", "sum", "gated", "film", "late"] = "concat"
+    fusion: Literal["concat", "sum", "gated", "film", "mlp", "late"] = "concat"
     projector: ProjectorConfig | None = None
     unimodal_heads: bool = False
 

@@ -80,6 +80,19 @@ class FiLM(nn.Module):
         return torch.stack([beta, *[gamma * mask[m] * self.linear[m](z[m]) for m in others]]).sum(0)
 
 
-FUSIONS: Mapping[str, type[Concat] | type[Sum] | type[Gated] | type[FiLM]] = MappingProxyType(
-    {"concat": Concat, "sum": Sum, "gated": Gated, "film": FiLM}
+class MLP(nn.Module):
+    """ReLU(W [z^1; ...; z^M] + b): concatenation with one hidden layer."""
+
+    def __init__(self, modalities: Sequence[str], features: int) -> None:
+        super().__init__()
+        self.modalities, self.width = tuple(modalities), features
+        self.linear = nn.Linear(len(modalities) * features, features)
+
+    def forward(self, z: Tensors, mask: Tensors) -> Tensor:
+        """Fuse features [B, d] under masks [B, 1] into [B, width]."""
+        return torch.relu(self.linear(torch.cat([z[m] for m in self.modalities], dim=-1)))
+
+
+FUSIONS: Mapping[str, type[Concat] | type[Sum] | type[Gated] | type[FiLM] | type[MLP]] = MappingProxyType(
+    {"concat": Concat, "sum": Sum, "gated": Gated, "film": FiLM, "mlp": MLP}
 )
