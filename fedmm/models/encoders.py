@@ -82,7 +82,7 @@ def cnn(spec: ModalitySpec, features: int, width: int | None, norm: Norm) -> nn.
 
 
 def convnet(spec: ModalitySpec, features: int, width: int | None, norm: Norm) -> nn.Module:
-    """Two 3x3 convolutions (width and 2 x width channels, default 8), each max-pooled by 2 -> Linear(features) -> scale.
+    """Two 3x3 convolutions (width, default 8, and 2 x width channels), each max-pooled by 2 -> Linear -> scale.
 
     The small pooled network of many federated benchmarks.
     """
