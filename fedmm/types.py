@@ -73,33 +73,58 @@ SPLITS = {"train": 0, "val": 1, "test": 2}
 
 @dataclass(frozen=True)
 class Batch:
-    """What a model and an objective see of B samples.
+    """What a model and an objective see of B samples: of one client, or of K clients stacked.
+
+    In a stack every tensor has a leading axis of K clients, and each client's rows are filled up to a common B; rows
+    beyond a client's own have no modality present and weight 0.
 
     Attributes:
-        x: Modality -> float tensor [B, *shape]. A modality that the client does not own, or was told not to
+        x: Modality -> float tensor [..., B, *shape]. A modality that the client does not own, or was told not to
             train, has no entry.
-        present: Modality -> bool [B], same keys as `x`. Rows of `x` with False are never read.
-        y: Labels, int64 [B].
-        index: Row of each sample in the client's training data, int64 [B]; addresses per-sample state.
+        present: Modality -> bool [..., B], same keys as `x`. Rows of `x` with False are never read.
+        y: Labels, int64 [..., B].
+        index: Row of each sample in the client's training data, int64 [..., B]; addresses per-sample state.
+        weight: Share of each sample in its client's mean, [..., B]; None: 1 / B each.
     """
 
     x: Tensors
     present: Tensors
     y: Tensor
     index: Tensor
+    weight: Tensor | None = None
+
+    def mean(self, values: Tensor) -> Tensor:
+        """Mean of `values` [..., B] over a client's samples, [...]."""
+        return values.mean(-1) if self.weight is None else (values * self.weight).sum(-1)
+
+    def rows(self, state: Tensor) -> Tensor:
+        """Rows [..., B, *rest] of per-sample state [..., N, *rest] that belong to this batch."""
+        if self.index.dim() == 1:
+            return state[self.index]
+        start = torch.arange(len(self.index), device=self.index.device).unsqueeze(1) * state.shape[1]
+        return state.flatten(0, 1)[self.index + start]
 
 
 @dataclass(frozen=True)
 class ClientData:
-    """One split of one client as tensors; a modality that the client does not own has no entry."""
+    """One split of one client as tensors; a modality that the client does not own has no entry.
+
+    Attributes:
+        x: Modality -> [..., N, *shape]; the leading axis, if any, stacks K clients (see `Batch`).
+        present: Modality -> bool [..., N].
+        y: Labels, int64 [..., N].
+        classes: Number of classes C.
+        real: bool [..., N], False in rows that only fill up a stack; None: all are real.
+    """
 
     x: Tensors
     present: Tensors
     y: Tensor
     classes: int
+    real: Tensor | None = None
 
     def __len__(self) -> int:
-        return int(self.y.shape[0])
+        return int(self.y.shape[-1])
 
     @property
     def modalities(self) -> tuple[str, ...]:
@@ -124,6 +149,7 @@ class ClientData:
             {m: p for m, p in self.present.items() if m in modalities},
             self.y,
             self.classes,
+            self.real,
         )
 
 
@@ -132,10 +158,10 @@ class Outputs:
     """What a multimodal model returns for a batch.
 
     Attributes:
-        logits: Fused prediction [B, C].
-        features: Modality -> encoder output h^m [B, d], zero where absent. Given modalities only.
-        modality_logits: Modality -> logits of its own head [B, C]; empty for models without own heads.
-        infiltration_logits: Modality -> logits of the own head on the infiltration feature [B, C]; empty for
+        logits: Fused prediction [..., B, C].
+        features: Modality -> encoder output h^m [..., B, d], zero where absent. Given modalities only.
+        modality_logits: Modality -> logits of its own head [..., B, C]; empty for models without own heads.
+        infiltration_logits: Modality -> logits of the own head on the infiltration feature [..., B, C]; empty for
             models without projectors.
     """
 

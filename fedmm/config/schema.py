@@ -21,11 +21,8 @@ from pydantic import (
     model_validator,
 )
 
-
-class Section(BaseModel):
-    """Base of every section: frozen, unknown keys refused, numbers finite, text never converted to numbers."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+from fedmm.config.devices import DevicesConfig
+from fedmm.config.section import Section
 
 
 class Plugin(BaseModel):
@@ -52,6 +49,10 @@ def _short_data(value: object) -> object:
     return value
 
 
+def _short_devices(value: object) -> object:
+    return {"classes": {value: {}}} if isinstance(value, str) else value
+
+
 def _short_modalities(value: object) -> object:
     return {"multimodal": value} if isinstance(value, int | float) else value
 
@@ -64,6 +65,7 @@ SHORTHANDS: dict[str, Callable[[object], object]] = {
     "strategy": _short_name,
     "selection": _short_name,
     "engine": _short_name,
+    "devices": _short_devices,
 }
 """Sections that may be written as one value: config path -> the mapping that the value stands for."""
 
@@ -269,11 +271,12 @@ class Config(Section):
     evaluate: EvaluateConfig = EvaluateConfig()
     policy: PolicyConfig = PolicyConfig()
     engine: EngineConfig = EngineConfig()
+    devices: DevicesConfig | None = None
     checkpoint: CheckpointConfig = CheckpointConfig()
     faults: list[FaultConfig] = Field(default_factory=list)
     seed: int = Field(default=0, ge=0)
 
-    @field_validator("data", "objective", "strategy", "selection", "engine", mode="before")
+    @field_validator("data", "objective", "strategy", "selection", "engine", "devices", mode="before")
     @classmethod
     def _shorthand(cls, value: object, info: ValidationInfo) -> object:
         return SHORTHANDS[str(info.field_name)](value)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -20,48 +21,59 @@ _CHUNK = 512
 
 @torch.no_grad()
 def predict(model: MultimodalModel, data: ClientData) -> Outputs:
-    """Outputs for all N samples of a client, computed in chunks (evaluation mode)."""
+    """Outputs for all N samples of a client, or of each client of a stack, in chunks (evaluation mode)."""
     training = model.training
     model.eval()
+    axis = data.y.dim() - 1
     parts = []
-    for rows in torch.split(torch.arange(len(data)), _CHUNK):
-        batch = data.batch(rows)
-        parts.append(model(batch.x, batch.present))
+    for start in range(0, len(data), _CHUNK):
+        size = min(_CHUNK, len(data) - start)
+        x = {m: t.narrow(axis, start, size) for m, t in data.x.items()}
+        parts.append(model(x, {m: p.narrow(axis, start, size) for m, p in data.present.items()}))
     model.train(training)
+    if len(parts) == 1:
+        return cast(Outputs, parts[0])
     return Outputs(
-        torch.cat([p.logits for p in parts]),
-        {m: torch.cat([p.features[m] for p in parts]) for m in parts[0].features},
-        {m: torch.cat([p.modality_logits[m] for p in parts]) for m in parts[0].modality_logits},
-        {m: torch.cat([p.infiltration_logits[m] for p in parts]) for m in parts[0].infiltration_logits},
+        torch.cat([p.logits for p in parts], -2),
+        {m: torch.cat([p.features[m] for p in parts], -2) for m in parts[0].features},
+        {m: torch.cat([p.modality_logits[m] for p in parts], -2) for m in parts[0].modality_logits},
+        {m: torch.cat([p.infiltration_logits[m] for p in parts], -2) for m in parts[0].infiltration_logits},
     )
 
 
 def class_sums(features: Tensor, present: Tensor, y: Tensor, classes: int) -> tuple[Tensor, Tensor]:
-    """Per-class sum of features [C, d] (float64) and count of samples [C] (float64) that have the modality."""
-    rows = torch.where(present.unsqueeze(1), features, 0.0).to(torch.float64)
-    total = torch.zeros(classes, features.shape[1], dtype=torch.float64).index_add_(0, y, rows)
-    count = torch.zeros(classes, dtype=torch.float64).index_add_(0, y, present.to(torch.float64))
-    return total, count
+    """Per-class sum of features [..., C, d] and count of samples [..., C] that have the modality, float64.
+
+    Args:
+        features: [..., N, d].
+        present: bool [..., N].
+        y: Labels [..., N].
+        classes: C.
+    """
+    member = (F.one_hot(y, classes) * present.unsqueeze(-1)).to(torch.float64)
+    rows = torch.where(present.unsqueeze(-1), features, 0.0).to(torch.float64)
+    return member.transpose(-1, -2) @ rows, member.sum(-2)
 
 
 def prototypes(model: MultimodalModel, data: ClientData) -> Tensors:
     """Class prototypes as sums and counts, and the hits of nearest-prototype classification on the same data.
 
     Returns:
-        For each owned modality m: "prototype_sum.m" [C, d], "prototype_count.m" [C], and "hits.m", "shown.m"
-        (scalars): samples classified right by the client's own nearest prototype, and samples that have m. Source:
+        For each owned modality m: "prototype_sum.m" [..., C, d], "prototype_count.m" [..., C], "hits.m" and
+        "shown.m" [...]: samples classified right by the client's own nearest prototype, and samples that have m. Source:
         BMSFed, imbalance ratio b_k = acc_1 / acc_2.
     """
     features = predict(model, data).features
     report: Tensors = {}
     for m, h in features.items():
         total, count = class_sums(h, data.present[m], data.y, data.classes)
-        centres = total / count.clamp(min=1).unsqueeze(1)
-        distance = torch.cdist(h.to(torch.float64), centres)
-        nearest = torch.where(count > 0, distance, torch.inf).argmin(1)
+        centres = total / count.clamp(min=1).unsqueeze(-1)
+        # Without matrix products, whose choice would depend on how many samples there are.
+        distance = torch.cdist(h.to(torch.float64), centres, compute_mode="donot_use_mm_for_euclid_dist")
+        nearest = torch.where((count > 0).unsqueeze(-2), distance, torch.inf).argmin(-1)
         report[f"prototype_sum.{m}"], report[f"prototype_count.{m}"] = total, count
-        report[f"hits.{m}"] = ((nearest == data.y) & data.present[m]).sum().to(torch.float64)
-        report[f"shown.{m}"] = data.present[m].sum().to(torch.float64)
+        report[f"hits.{m}"] = ((nearest == data.y) & data.present[m]).sum(-1).to(torch.float64)
+        report[f"shown.{m}"] = data.present[m].sum(-1).to(torch.float64)
     return report
 
 
@@ -69,7 +81,7 @@ def confidence(model: MultimodalModel, data: ClientData) -> Tensors:
     """Sum of true-class probabilities of each modality's own head over samples that have all owned modalities.
 
     Returns:
-        "confidence.m" and "confidence_count.m" (scalars) for each owned modality; empty without own heads or with a
+        "confidence.m" and "confidence_count.m" [...] for each owned modality; empty without own heads or with a
         single modality. Source: FedCMI's s^m, summed for the federation-wide decision (`round_global`).
     """
     logits = predict(model, data).modality_logits
@@ -78,9 +90,9 @@ def confidence(model: MultimodalModel, data: ClientData) -> Tensors:
     complete = torch.stack([data.present[m] for m in logits]).all(0)
     report: Tensors = {}
     for m, o in logits.items():
-        truth = F.softmax(o.to(torch.float64), 1).gather(1, data.y.unsqueeze(1)).squeeze(1)
-        report[f"confidence.{m}"] = torch.where(complete, truth, 0.0).sum()
-        report[f"confidence_count.{m}"] = complete.sum().to(torch.float64)
+        truth = F.softmax(o.to(torch.float64), -1).gather(-1, data.y.unsqueeze(-1)).squeeze(-1)
+        report[f"confidence.{m}"] = torch.where(complete, truth, 0.0).sum(-1)
+        report[f"confidence_count.{m}"] = complete.sum(-1).to(torch.float64)
     return report
 
 
@@ -88,14 +100,14 @@ def moments(model: MultimodalModel, data: ClientData) -> Tensors:
     """Second moments of [h^m, 1] and its products with one-hot labels: enough for the pooled linear probe.
 
     Returns:
-        "gram.m" [d+1, d+1] and "cross.m" [d+1, C], float64, over samples that have m.
+        "gram.m" [..., d+1, d+1] and "cross.m" [..., d+1, C], float64, over samples that have m.
     """
     report: Tensors = {}
     for m, h in predict(model, data).features.items():
-        rows = data.present[m]
-        design = torch.cat([h, torch.ones(len(h), 1)], 1).to(torch.float64)[rows]
-        report[f"gram.{m}"] = design.T @ design
-        report[f"cross.{m}"] = design.T @ F.one_hot(data.y[rows], data.classes).to(torch.float64)
+        row = data.present[m].unsqueeze(-1)
+        design = torch.where(row, torch.cat([h, torch.ones_like(h[..., :1])], -1), 0.0).to(torch.float64)
+        report[f"gram.{m}"] = design.transpose(-1, -2) @ design
+        report[f"cross.{m}"] = design.transpose(-1, -2) @ F.one_hot(data.y, data.classes).to(torch.float64)
     return report
 
 

@@ -104,7 +104,7 @@ def convnet(spec: ModalitySpec, features: int, width: int | None, norm: Norm) ->
     )
 
 
-class _BasicBlock(nn.Module):
+class BasicBlock(nn.Module):
     """ResNet's two-convolution residual block (He et al., 2016)."""
 
     def __init__(self, inside: int, outside: int, stride: int, norm: Norm) -> None:
@@ -140,8 +140,8 @@ def resnet18(spec: ModalitySpec, features: int, width: int | None, norm: Norm) -
     for stage in range(4):
         outside = width * 2**stage
         layers += [
-            _BasicBlock(inside, outside, 1 if stage == 0 else 2, norm),
-            _BasicBlock(outside, outside, 1, norm),
+            BasicBlock(inside, outside, 1 if stage == 0 else 2, norm),
+            BasicBlock(outside, outside, 1, norm),
         ]
         inside = outside
     layers += [nn.AdaptiveAvgPool2d(1), nn.Flatten()]

@@ -1,7 +1,7 @@
-"""Fusions of any number of modality features [B, d] into one [B, width] for the joint head.
+"""Fusions of any number of modality features [..., B, d] into one [..., B, width] for the joint head.
 
-Each gets features that are zero where a modality is absent, and masks [B, 1] that say so, since a bias must not
-speak for an absent modality.
+Each gets features that are zero where a modality is absent, and masks [..., B, 1] that say so, since a bias must not
+speak for an absent modality. A leading axis stacks clients; their layers are then `fedmm.models.stacked`'s.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ class Concat(nn.Module):
         self.modalities, self.width = tuple(modalities), len(modalities) * features
 
     def forward(self, z: Tensors, mask: Tensors) -> Tensor:
-        """Fuse features [B, d] under masks [B, 1] into [B, width]."""
-        return torch.cat([z[m] for m in self.modalities], dim=1)
+        """Fuse features [..., B, d] under masks [..., B, 1] into [..., B, width]."""
+        return torch.cat([z[m] for m in self.modalities], dim=-1)
 
 
 class Sum(nn.Module):
@@ -36,7 +36,7 @@ class Sum(nn.Module):
         self.linear = nn.ModuleDict({m: nn.Linear(features, features) for m in modalities})
 
     def forward(self, z: Tensors, mask: Tensors) -> Tensor:
-        """Fuse features [B, d] under masks [B, 1] into [B, width]."""
+        """Fuse features [..., B, d] under masks [..., B, 1] into [..., B, width]."""
         return torch.stack([mask[m] * self.linear[m](z[m]) for m in self.modalities]).sum(0)
 
 
@@ -50,8 +50,8 @@ class Gated(nn.Module):
         self.gate = nn.ModuleDict({m: nn.Linear(len(modalities) * features, features) for m in modalities})
 
     def forward(self, z: Tensors, mask: Tensors) -> Tensor:
-        """Fuse features [B, d] under masks [B, 1] into [B, width]."""
-        together = torch.cat([z[m] for m in self.modalities], dim=1)
+        """Fuse features [..., B, d] under masks [..., B, 1] into [..., B, width]."""
+        together = torch.cat([z[m] for m in self.modalities], dim=-1)
         parts = [
             mask[m] * torch.sigmoid(self.gate[m](together)) * torch.tanh(self.linear[m](z[m])) for m in self.modalities
         ]
@@ -73,7 +73,7 @@ class FiLM(nn.Module):
         self.linear = nn.ModuleDict({m: nn.Linear(features, features) for m in modalities[1:]})
 
     def forward(self, z: Tensors, mask: Tensors) -> Tensor:
-        """Fuse features [B, d] under masks [B, 1] into [B, width]."""
+        """Fuse features [..., B, d] under masks [..., B, 1] into [..., B, width]."""
         first, *others = self.modalities
         gamma = mask[first] * self.scale(z[first]) + (1 - mask[first])
         beta = mask[first] * self.shift(z[first])
@@ -89,7 +89,7 @@ class MLP(nn.Module):
         self.linear = nn.Linear(len(modalities) * features, features)
 
     def forward(self, z: Tensors, mask: Tensors) -> Tensor:
-        """Fuse features [B, d] under masks [B, 1] into [B, width]."""
+        """Fuse features [..., B, d] under masks [..., B, 1] into [..., B, width]."""
         return torch.relu(self.linear(torch.cat([z[m] for m in self.modalities], dim=-1)))
 
 

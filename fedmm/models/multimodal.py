@@ -64,17 +64,18 @@ class MultimodalModel(nn.Module):
             self.head.update({m: nn.Linear(d, classes) for m in specs})
 
     def encode(self, x: Tensors, present: Tensors) -> Tensors:
-        """h^m = phi^m(x^m) [B, d] of each modality in `x`; zero in rows where it is absent."""
+        """h^m = phi^m(x^m) [..., B, d] of each modality in `x`; zero in rows where it is absent."""
         features = {}
         for m in x:
-            row = present[m].reshape(-1, *[1] * (x[m].dim() - 1))
+            here = present[m]
+            row = here.reshape(*here.shape, *[1] * (x[m].dim() - here.dim()))
             h = self.encoder[m](torch.where(row, x[m], 0.0))
-            features[m] = torch.where(present[m].unsqueeze(1), h, 0.0)
+            features[m] = torch.where(here.unsqueeze(-1), h, 0.0)
         return features
 
     def decide(self, features: Tensors, present: Tensors) -> Outputs:
-        """Fused and own-head logits [B, C] from encoder features; modalities without features count as absent."""
-        mask = {m: present[m].unsqueeze(1).to(h.dtype) for m, h in features.items()}
+        """Fused and own-head logits [..., B, C] from encoder features; modalities without features count as absent."""
+        mask = {m: present[m].unsqueeze(-1).to(h.dtype) for m, h in features.items()}
         own: Tensors = dict(features)
         infiltration: Tensors = {}
         if self.projector:
@@ -95,7 +96,7 @@ class MultimodalModel(nn.Module):
 
     def _fuse(self, own: Tensors, infiltration: Tensors, mask: Tensors) -> Tensor:
         some = next(iter(own.values()))
-        nothing, absent = torch.zeros_like(some), torch.zeros_like(some[:, :1])
+        nothing, absent = torch.zeros_like(some), torch.zeros_like(some[..., :1])
         mask = {m: mask.get(m, absent) for m in self.modalities}
         parts = {m: own.get(m, nothing) for m in self.modalities}
         # A client that owns everything has no hole to fill unless single samples lack something: then the

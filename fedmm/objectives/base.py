@@ -13,8 +13,13 @@ Two rules carry everything else:
 1. No Python branch in `losses` may depend on data. Choose with masks and `torch.where`: then many clients train
    as one batched computation. Branching on which modalities a batch has is fine: it is fixed for a client.
 2. State is tensors keyed by name: it can be stacked over clients, checkpointed and sent. Tensors whose name begins
-   with "sample." have one row a training sample and are addressed with `batch.index`. What `losses` finds and
+   with "sample." have one row a training sample and are addressed with `batch.rows`. What `losses` finds and
    `edit_gradients` needs, `losses` adds to the state that it is given: it lives for one step.
+
+An objective that sets `stacks` is also called with K clients at once. Then every tensor that it meets (model, data,
+broadcast, batch, state, gradients, parameters) has a leading axis of K, and everything that it returns must have it
+too. Shapes are therefore written [..., B, C]: reduce over samples with `batch.mean` and `masked_mean`, over classes
+with -1, and never over all axes.
 """
 
 from __future__ import annotations
@@ -25,6 +30,7 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from fedmm.metrics.fields import Fields, Sizes
 from fedmm.models.blocks import modality_of
@@ -40,11 +46,13 @@ class Objective:
         needs: Server knowledge that must be broadcast ("prototypes", "confidence"); see `server/knowledge.py`.
         requires: Model parts that must exist ("projector", "unimodal_heads").
         least_modalities: Fewest modalities for which the method means anything.
+        stacks: Whether K clients can be given at once (see the module's text); if not, they train one by one.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()
     requires: ClassVar[frozenset[str]] = frozenset()
     least_modalities: ClassVar[int] = 1
+    stacks: ClassVar[bool] = False
 
     def knowledge(self) -> frozenset[str]:
         """Server knowledge wanted with these hyper-parameters."""
@@ -60,11 +68,14 @@ class Objective:
             yield data.batch(rows)
 
     def losses(self, model: MultimodalModel, batch: Batch, state: Tensors) -> tuple[Tensor, ...]:
-        """Scalar losses of a batch, one optimiser step each."""
+        """Losses [...] of a batch (a scalar for each client), one optimiser step each."""
         raise TypeError(f"{type(self).__name__} defines no losses")
 
     def noise(self, parameters: Tensors, generator: torch.Generator) -> Tensors:
-        """Random tensors of one step, which `edit_gradients` finds in its state; `generator` is the client's own."""
+        """Random tensors of one step, which `edit_gradients` finds in its state; `generator` is the client's own.
+
+        Named and shaped like `parameters`, behind a prefix that ends in a dot: each client of a stack draws for itself.
+        """
         return {}
 
     def edit_gradients(self, gradients: Tensors, parameters: Tensors, state: Tensors) -> Tensors:
@@ -88,10 +99,24 @@ class Objective:
         return ()
 
 
+def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
+    """CE of every sample, [..., B], from logits [..., B, C] and labels [..., B]."""
+    return F.cross_entropy(logits.flatten(0, -2), y.flatten(), reduction="none").view(y.shape)
+
+
 def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
-    """Mean of `values` [B] where `mask` [B] is True; 0 where it is nowhere True. Exactly 0 gradient elsewhere."""
-    weight = mask.to(values.dtype)
-    return torch.where(mask, values, 0.0).sum() / weight.sum().clamp(min=1)
+    """Mean of `values` [..., B] where `mask` is True, [...]; 0 where it nowhere is. Exactly 0 gradient elsewhere."""
+    return torch.where(mask, values, 0.0).sum(-1) / mask.sum(-1).clamp(min=1)
+
+
+def true_class(values: Tensor, y: Tensor) -> Tensor:
+    """values[..., i, y_i]: [..., B] from [..., B, C]."""
+    return values.gather(-1, y.unsqueeze(-1)).squeeze(-1)
+
+
+def per_client(scale: Tensor, tensor: Tensor) -> Tensor:
+    """`scale` [...] shaped to multiply `tensor` [..., *shape], whose leading axes it has."""
+    return scale.reshape(*scale.shape, *[1] * (tensor.dim() - scale.dim()))
 
 
 def anchor(model: MultimodalModel) -> Tensors:

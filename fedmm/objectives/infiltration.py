@@ -34,7 +34,7 @@ from torch.nn import functional as F
 from fedmm.metrics.local import predict
 from fedmm.models.blocks import modality_of
 from fedmm.models.multimodal import MultimodalModel
-from fedmm.objectives.base import Objective, anchor, masked_mean, proximal
+from fedmm.objectives.base import Objective, anchor, cross_entropy, masked_mean, proximal, true_class
 from fedmm.types import Batch, ClientData, Tensors
 
 
@@ -55,6 +55,7 @@ class Infiltration(Objective):
 
     requires: ClassVar[frozenset[str]] = frozenset({"projector", "unimodal_heads"})
     least_modalities: ClassVar[int] = 2
+    stacks: ClassVar[bool] = True
     lambda_self: float = 2.0
     lambda_cmi: float = 1.0
     kappa: float = 2.0
@@ -75,18 +76,20 @@ class Infiltration(Objective):
         if len(names) < 2 or not self.lambda_cmi:
             return state
         warm = broadcast["round"] >= self.warmup_rounds
-        state["cmi_weight"] = warm.to(torch.float32) * self.lambda_cmi
         # -1: each batch decides. The server speaks in slots of the whole model; translate to owned slots.
-        dominant = broadcast.get("dominant", torch.tensor(-1))
-        slots = torch.tensor([model.modalities.index(m) for m in names])
-        state["dominant"] = torch.where(slots == dominant, torch.arange(len(names)), -1).max()
-        if bool(warm):
+        dominant = broadcast.get("dominant", torch.full_like(broadcast["round"], -1))
+        slots = torch.tensor([model.modalities.index(m) for m in names], device=dominant.device)
+        found = slots == dominant.unsqueeze(-1)
+        state["dominant"] = torch.where(found, torch.arange(len(names), device=dominant.device), -1).amax(-1)
+        if bool(warm.any()):
             logits = predict(model, data).modality_logits
         else:
-            logits = {m: torch.zeros(len(data), data.classes) for m in names}
+            logits = {m: torch.zeros(*data.y.shape, data.classes, device=data.y.device) for m in names}
+        some = logits[names[0]]
+        state["cmi_weight"] = warm.to(some.dtype) * self.lambda_cmi
         state |= {f"sample.teacher.{m}": logits[m] for m in names}
         state["tau"] = pairwise_temperature(
-            {m: F.softmax(logits[m], 1) for m in names},
+            {m: F.softmax(logits[m], -1) for m in names},
             data.present,
             data.y,
             data.classes,
@@ -98,13 +101,13 @@ class Infiltration(Objective):
     def losses(self, model: MultimodalModel, batch: Batch, state: Tensors) -> tuple[Tensor, ...]:
         """The loss of the module's text; one optimiser step."""
         out = model(batch.x, batch.present)
-        loss = F.cross_entropy(out.logits, batch.y)
+        loss = batch.mean(cross_entropy(out.logits, batch.y))
         names = tuple(batch.x)
         if len(names) < 2:
             return (loss,)
         several = torch.stack([batch.present[m] for m in names]).sum(0) > 1
         for m in names:
-            own = F.cross_entropy(out.modality_logits[m], batch.y, reduction="none")
+            own = cross_entropy(out.modality_logits[m], batch.y)
             loss = loss + self.lambda_self * masked_mean(own, batch.present[m] & several)
         if self.lambda_cmi:
             loss = loss + state["cmi_weight"] * self._infiltrate(
@@ -116,18 +119,22 @@ class Infiltration(Objective):
         names = tuple(batch.x)
         confidence = true_class_confidence(own, batch.present, batch.y)
         # A tie makes the last modality dominant, as rho > 1 is strict for the first.
-        local = len(names) - 1 - confidence.flip(0).argmax()
+        local = len(names) - 1 - confidence.flip(-1).argmax(-1)
         dominant = torch.where(state["dominant"] >= 0, state["dominant"], local)
-        teachers = torch.stack(
-            [state[f"sample.teacher.{m}"][batch.index] if self.teacher == "global" else own[m].detach() for m in names]
-        )
-        teacher = teachers[dominant]
-        teacher_present = torch.stack([batch.present[m] for m in names])[dominant]
+        teachers = [
+            batch.rows(state[f"sample.teacher.{m}"]) if self.teacher == "global" else own[m].detach() for m in names
+        ]
+        teacher, teacher_present, tau = teachers[0], batch.present[names[0]], state["tau"][..., 0, :, :]
+        for slot, m in enumerate(names[1:], 1):
+            leads = (dominant == slot).unsqueeze(-1)
+            teacher = torch.where(leads.unsqueeze(-1), teachers[slot], teacher)
+            teacher_present = torch.where(leads, batch.present[m], teacher_present)
+            tau = torch.where(leads.unsqueeze(-1), state["tau"][..., slot, :, :], tau)
         total = teacher.new_zeros(())
         for slot, m in enumerate(names):
-            tau = state["tau"][dominant, slot][batch.y].unsqueeze(1)
-            cross = -(F.softmax(teacher / tau, 1) * F.log_softmax(infiltration[m] / tau, 1)).sum(1)
-            student = batch.present[m] & teacher_present & (dominant != slot)
+            scale = tau[..., slot, :].gather(-1, batch.y).unsqueeze(-1)
+            cross = -(F.softmax(teacher / scale, -1) * F.log_softmax(infiltration[m] / scale, -1)).sum(-1)
+            student = batch.present[m] & teacher_present & (dominant != slot).unsqueeze(-1)
             total = total + masked_mean(cross, student)
         return total
 
@@ -144,48 +151,52 @@ class Infiltration(Objective):
 
 
 def true_class_confidence(logits: Tensors, present: Tensors, y: Tensor) -> Tensor:
-    """sum_i softmax(o^m)_{y_i} of each modality, [M], no gradient, over samples that have every modality given.
+    """sum_i softmax(o^m)_{y_i} of each modality, [..., M], no gradient, over samples with every modality given.
 
     Restricting to complete samples keeps the ratio rho of two sums over the same samples.
     """
     complete = torch.stack([present[m] for m in logits]).all(0)
-    rows = [F.softmax(o.detach(), 1).gather(1, y.unsqueeze(1)).squeeze(1) for o in logits.values()]
-    return torch.stack([torch.where(complete, p, 0.0).sum() for p in rows])
+    rows = [true_class(F.softmax(o.detach(), -1), y) for o in logits.values()]
+    return torch.stack([torch.where(complete, p, 0.0).sum(-1) for p in rows], -1)
 
 
 def pairwise_temperature(
     probabilities: Tensors, present: Tensors, y: Tensor, classes: int, kappa: float, dominant: Tensor
 ) -> Tensor:
-    """Class-wise temperatures tau [M, M, C] of every (teacher, student) pair of modalities.
+    """Class-wise temperatures tau [..., M, M, C] of every (teacher, student) pair of modalities.
 
     Args:
-        probabilities: Modality -> softmax(o_S^m) [N, C] of the received model on the local training data.
-        present: Modality -> bool [N]; only samples with both modalities of a pair count.
-        y: Labels [N].
+        probabilities: Modality -> softmax(o_S^m) [..., N, C] of the received model on the local training data.
+        present: Modality -> bool [..., N]; only samples with both modalities of a pair count.
+        y: Labels [..., N].
         classes: C.
         kappa: Steepness; 0 gives tau = 1.
-        dominant: Slot of the federation's dominant modality, or -1: then the local mean ratio r_bar decides.
+        dominant: Slot [...] of the federation's dominant modality, or -1: then the local mean ratio r_bar decides.
 
     Returns:
         Entries in (0, 1], symmetric in the pair; 1 for absent classes and where the weak modality lags no more than
         average.
     """
     names = tuple(probabilities)
-    zero = torch.zeros(classes, dtype=probabilities[names[0]].dtype)
-    tau = torch.ones(len(names), len(names), classes, dtype=zero.dtype)
+    some = probabilities[names[0]]
+    zero = some.new_zeros(*y.shape[:-1], classes)
+    tau = some.new_ones(*y.shape[:-1], len(names), len(names), classes)
     for a, first in enumerate(names):
         for b in range(a + 1, len(names)):
             both = present[first] & present[names[b]]
-            count = zero.index_add(0, y, both.to(zero.dtype))
+            count = zero.scatter_add(-1, y, both.to(zero.dtype))
             s = []
             for m in (first, names[b]):
-                truth = torch.where(both, probabilities[m].gather(1, y.unsqueeze(1)).squeeze(1), 0.0)
-                s.append((zero.index_add(0, y, truth) / count.clamp(min=1)).clamp(min=1e-6))
+                truth = torch.where(both, true_class(probabilities[m], y), 0.0)
+                s.append((zero.scatter_add(-1, y, truth) / count.clamp(min=1)).clamp(min=1e-6))
             here = count > 0
             r = torch.where(here, s[0] / s[1], 1.0)
-            mean = r[here].mean() if bool(here.any()) else zero.new_ones(())
-            first_leads = torch.where(dominant == a, True, torch.where(dominant == b, False, mean > 1))
+            # Without any class in common r is 1 everywhere, and so is its mean.
+            met = here | ~here.any(-1, keepdim=True)
+            mean = torch.where(met, r, 0.0).sum(-1, keepdim=True) / met.sum(-1, keepdim=True)
+            leader = dominant.unsqueeze(-1)
+            first_leads = torch.where(leader == a, True, torch.where(leader == b, False, mean > 1))
             relative = torch.where(first_leads, r / mean, mean / r)
             pair = torch.where(here & (relative > 1), 1 / (1 + kappa * relative.clamp(min=1).log()), 1.0)
-            tau[a, b] = tau[b, a] = pair
+            tau[..., a, b, :] = tau[..., b, a, :] = pair
     return tau

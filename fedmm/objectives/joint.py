@@ -13,10 +13,9 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import Tensor
-from torch.nn import functional as F
 
 from fedmm.models.multimodal import MultimodalModel
-from fedmm.objectives.base import Objective, anchor, masked_mean, proximal
+from fedmm.objectives.base import Objective, anchor, cross_entropy, masked_mean, proximal
 from fedmm.types import Batch, ClientData, Tensors
 
 
@@ -24,9 +23,11 @@ from fedmm.types import Batch, ClientData, Tensors
 class Joint(Objective):
     """Cross-entropy of the fused prediction (FedAvg's local objective)."""
 
+    stacks: ClassVar[bool] = True
+
     def losses(self, model: MultimodalModel, batch: Batch, state: Tensors) -> tuple[Tensor, ...]:
         """CE(out, y), mean over the batch."""
-        return (F.cross_entropy(model(batch.x, batch.present).logits, batch.y),)
+        return (batch.mean(cross_entropy(model(batch.x, batch.present).logits, batch.y)),)
 
 
 @dataclass(frozen=True)
@@ -57,13 +58,13 @@ class Auxiliary(Objective):
     """
 
     requires: ClassVar[frozenset[str]] = frozenset({"unimodal_heads"})
+    stacks: ClassVar[bool] = True
     weight: float = 1.0
 
     def losses(self, model: MultimodalModel, batch: Batch, state: Tensors) -> tuple[Tensor, ...]:
         """CE(out, y) + weight * sum_m CE(o^m, y), each mean over the samples that have m."""
         out = model(batch.x, batch.present)
-        loss = F.cross_entropy(out.logits, batch.y)
+        loss = batch.mean(cross_entropy(out.logits, batch.y))
         for m, logits in out.modality_logits.items():
-            own = F.cross_entropy(logits, batch.y, reduction="none")
-            loss = loss + self.weight * masked_mean(own, batch.present[m])
+            loss = loss + self.weight * masked_mean(cross_entropy(logits, batch.y), batch.present[m])
         return (loss,)

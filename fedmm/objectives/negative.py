@@ -29,7 +29,7 @@ from torch.nn import functional as F
 
 from fedmm.metrics.local import predict
 from fedmm.models.multimodal import MultimodalModel
-from fedmm.objectives.base import Objective, masked_mean
+from fedmm.objectives.base import Objective, cross_entropy, masked_mean, true_class
 from fedmm.types import Batch, ClientData, Tensors
 
 
@@ -48,6 +48,7 @@ class Negative(Objective):
 
     requires: ClassVar[frozenset[str]] = frozenset({"unimodal_heads"})
     least_modalities: ClassVar[int] = 2
+    stacks: ClassVar[bool] = True
     lambda_negative: float = 0.7
     warmup_rounds: int = 4
     competitor: Literal["fused", "per_modality"] = "fused"
@@ -60,7 +61,7 @@ class Negative(Objective):
         if len(data.modalities) < 2:
             return {}
         warm = broadcast["round"] >= self.warmup_rounds
-        state = {"guidance": warm.to(torch.float32)}
+        state = {"guidance": warm.to(next(iter(data.x.values())).dtype)}
         if self.guide == "global":
             out = predict(model, data)
             state |= {"sample.fused": out.logits}
@@ -70,30 +71,29 @@ class Negative(Objective):
     def losses(self, model: MultimodalModel, batch: Batch, state: Tensors) -> tuple[Tensor, ...]:
         """The loss of the module's text; one optimiser step."""
         out = model(batch.x, batch.present)
-        loss = F.cross_entropy(out.logits, batch.y)
+        loss = batch.mean(cross_entropy(out.logits, batch.y))
         for m, logits in out.modality_logits.items():
-            own = F.cross_entropy(logits, batch.y, reduction="none")
-            loss = loss + masked_mean(own, batch.present[m])
+            loss = loss + masked_mean(cross_entropy(logits, batch.y), batch.present[m])
         if len(batch.x) < 2:
             return (loss,)
         fused, judged = out.logits, out.modality_logits
         if self.guide == "global":
-            fused = state["sample.fused"][batch.index]
-            judged = {m: state[f"sample.guide.{m}"][batch.index] for m in batch.x}
+            fused = batch.rows(state["sample.fused"])
+            judged = {m: batch.rows(state[f"sample.guide.{m}"]) for m in batch.x}
         guide, guided = guidance(judged, fused, batch.present, batch.y, per_modality=self.competitor == "per_modality")
-        term = self.negative_loss(out.modality_logits, guide, guided, batch.y)
+        term = batch.mean(self.negative_loss(out.modality_logits, guide, guided, batch.y))
         return (loss + state["guidance"] * term,)
 
     def negative_loss(self, logits: Tensors, guide: Tensor, guided: Tensors, y: Tensor) -> Tensor:
-        """The guided term, lambda / (M - 1) mean_i sum_m MNL, from `guidance`'s probabilities [B, C] and masks [B]."""
-        wrong = 1 - F.one_hot(y, guide.shape[1]).to(guide.dtype)
-        total = guide.new_zeros(())
+        """The guided term of each sample, lambda / (M - 1) sum_m MNL, [..., B], from what `guidance` gives."""
+        wrong = 1 - F.one_hot(y, guide.shape[-1]).to(guide.dtype)
+        total = torch.zeros_like(guide[..., 0])
         for m, o in logits.items():
-            term = -(wrong * guide * F.log_softmax(o, 1)).sum(1) * self.lambda_negative / (len(logits) - 1)
+            term = -(wrong * guide * F.log_softmax(o, -1)).sum(-1) * self.lambda_negative / (len(logits) - 1)
             if self.extra:
-                term = term + F.cross_entropy(o, y, reduction="none")
-            total = total + torch.where(guided[m], term, 0.0).mean()
-        return total / guide.shape[1] if self.reduction == "code" else total
+                term = term + cross_entropy(o, y)
+            total = total + torch.where(guided[m], term, 0.0)
+        return total / guide.shape[-1] if self.reduction == "code" else total
 
 
 def guidance(
@@ -102,28 +102,28 @@ def guidance(
     """The guide's probabilities of each sample, and the modalities that it teaches; no gradient.
 
     Args:
-        logits: Modality -> logits of its own head [B, C].
-        fused: Fused logits [B, C], which name the competitor of the true class.
-        present: Modality -> bool [B]; absent modalities neither teach nor learn.
-        y: Labels [B].
+        logits: Modality -> logits of its own head [..., B, C].
+        fused: Fused logits [..., B, C], which name the competitor of the true class.
+        present: Modality -> bool [..., B]; absent modalities neither teach nor learn.
+        y: Labels [..., B].
         per_modality: Each modality names its own competitor.
 
     Returns:
-        P^g [B, C], meaningful where anyone is guided, and modality -> bool [B], where it is guided. The guide wins
-        both criteria strictly: a tie in one of them guides nobody.
+        P^g [..., B, C], meaningful where anyone is guided, and modality -> bool [..., B], where it is guided. The
+        guide wins both criteria strictly: a tie in one of them guides nobody.
     """
     names = tuple(logits)
     o = torch.stack([logits[m].detach() for m in names])
     here = torch.stack([present[m] for m in names])
-    truth = F.one_hot(y, o.shape[2]).bool()
+    truth = F.one_hot(y, o.shape[-1]).bool()
     votes = o if per_modality else fused.detach().expand_as(o)
-    competitor = votes.masked_fill(truth, -torch.inf).argmax(2, keepdim=True)
-    label = y.unsqueeze(1).expand(len(names), -1, 1)
-    p = o.softmax(2)
-    confidence = torch.where(here, p.gather(2, label).squeeze(2), -torch.inf)
-    margin = torch.where(here, (o.gather(2, label) - o.gather(2, competitor)).squeeze(2), -torch.inf)
+    competitor = votes.masked_fill(truth, -torch.inf).argmax(-1)
+    label = y.expand_as(competitor)
+    p = o.softmax(-1)
+    confidence = torch.where(here, true_class(p, label), -torch.inf)
+    margin = torch.where(here, true_class(o, label) - true_class(o, competitor), -torch.inf)
     first = confidence.argmax(0, keepdim=True)
     wins = (confidence.gather(0, first) > confidence) & (margin.gather(0, first) > margin) & here
     agree = (first == margin.argmax(0, keepdim=True)).squeeze(0)
-    guide = p.gather(0, first.unsqueeze(2).expand(1, *p.shape[1:])).squeeze(0)
+    guide = p.gather(0, first.unsqueeze(-1).expand(1, *p.shape[1:])).squeeze(0)
     return guide, {m: agree & wins[slot] for slot, m in enumerate(names)}

@@ -23,11 +23,10 @@ from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from fedmm.models.blocks import block_of, modality_of
 from fedmm.models.multimodal import MultimodalModel
-from fedmm.objectives.base import Objective
+from fedmm.objectives.base import Objective, cross_entropy, per_client
 from fedmm.objectives.infiltration import true_class_confidence
 from fedmm.types import Batch, ClientData, Tensors
 
@@ -45,6 +44,7 @@ class GradientModulation(Objective):
     """
 
     least_modalities: ClassVar[int] = 2
+    stacks: ClassVar[bool] = True
     alpha: float = 0.3
     enhance: bool = True
     reference: Literal["smallest", "others"] = "smallest"
@@ -53,8 +53,9 @@ class GradientModulation(Objective):
 
     def begin(self, model: MultimodalModel, data: ClientData, broadcast: Tensors) -> Tensors:
         """Whether this round is modulated."""
-        on = torch.tensor(True) if self.stop_round is None else broadcast["round"] < self.stop_round
-        return {"modulation": on.to(torch.float32)}
+        round = broadcast["round"]
+        on = torch.ones_like(round) if self.stop_round is None else round < self.stop_round
+        return {"modulation": on.to(next(iter(data.x.values())).dtype)}
 
     def losses(self, model: MultimodalModel, batch: Batch, state: Tensors) -> tuple[Tensor, ...]:
         """CE(out, y), one optimiser step; leaves k^m of each given modality for the gradients."""
@@ -64,9 +65,9 @@ class GradientModulation(Objective):
             logits = contributions(model, features, batch.present)
             scores = true_class_confidence(logits, batch.present, batch.y)
             k = coefficients(scores, self.alpha, self.reference)
-            k = 1 - state["modulation"] * (1 - k)
-            state |= {f"coefficient.{m}": k[slot] for slot, m in enumerate(features)}
-        return (F.cross_entropy(out.logits, batch.y),)
+            k = 1 - state["modulation"].unsqueeze(-1) * (1 - k)
+            state |= {f"coefficient.{m}": k[..., slot] for slot, m in enumerate(features)}
+        return (batch.mean(cross_entropy(out.logits, batch.y)),)
 
     def noise(self, parameters: Tensors, generator: torch.Generator) -> Tensors:
         """Standard-normal tensors for the encoders' gradients."""
@@ -81,21 +82,23 @@ class GradientModulation(Objective):
     def edit_gradients(self, gradients: Tensors, parameters: Tensors, state: Tensors) -> Tensors:
         """Scale each encoder's gradient by its k^m and add the noise; uni-modal clients' stay as they are."""
         edited = dict(gradients)
+        on = state["modulation"]
         for n, g in gradients.items():
             m = modality_of(block_of(n))
-            if self._edits(n, g) and f"coefficient.{m}" in state:
-                edited[n] = state[f"coefficient.{m}"] * g
-                if self.enhance and g.numel() > 1:
-                    edited[n] = edited[n] + state["modulation"] * g.std() * state[f"noise.{n}"]
+            if self._edits(n, g, on.dim()) and f"coefficient.{m}" in state:
+                edited[n] = per_client(state[f"coefficient.{m}"], g) * g
+                each = g.flatten(on.dim())
+                if self.enhance and each.shape[-1] > 1:
+                    edited[n] = edited[n] + per_client(on * each.std(-1), g) * state[f"noise.{n}"]
         return edited
 
-    def _edits(self, name: str, tensor: Tensor) -> bool:
-        return block_of(name).startswith("encoder.") and (self.tensors == "all" or tensor.dim() == 4)
+    def _edits(self, name: str, tensor: Tensor, leading: int = 0) -> bool:
+        return block_of(name).startswith("encoder.") and (self.tensors == "all" or tensor.dim() - leading == 4)
 
 
 @torch.no_grad()
 def contributions(model: MultimodalModel, features: Tensors, present: Tensors) -> Tensors:
-    """z^m [B, C] of each modality in `features` (h^m [B, d]), no gradient; see the module's text."""
+    """z^m [..., B, C] of each modality in `features` (h^m [..., B, d]), no gradient; see the module's text."""
     some = next(iter(features))
     nothing = model.decide({some: torch.zeros_like(features[some])}, {some: torch.zeros_like(present[some])}).logits
     share = 1 - 1 / len(features)
@@ -103,7 +106,7 @@ def contributions(model: MultimodalModel, features: Tensors, present: Tensors) -
 
 
 def coefficients(scores: Tensor, alpha: float, reference: str) -> Tensor:
-    """k^m [M] from the scores s^m [M]: below 1 for what leads, else 1."""
-    other = scores.min() if reference == "smallest" else scores.sum() - scores
+    """k^m [..., M] from the scores s^m [..., M]: below 1 for what leads, else 1."""
+    other = scores.amin(-1, keepdim=True) if reference == "smallest" else scores.sum(-1, keepdim=True) - scores
     rho = scores / other.clamp(min=1e-8)
     return torch.where(rho > 1, 1 - torch.tanh(alpha * rho), 1.0)

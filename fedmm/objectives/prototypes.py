@@ -29,7 +29,7 @@ from torch.nn import functional as F
 
 from fedmm.metrics.local import class_sums, predict
 from fedmm.models.multimodal import MultimodalModel
-from fedmm.objectives.base import Objective, masked_mean
+from fedmm.objectives.base import Objective, cross_entropy, masked_mean, true_class
 from fedmm.types import Batch, ClientData, Tensors
 
 
@@ -45,6 +45,7 @@ class Prototypes(Objective):
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"prototypes"})
+    stacks: ClassVar[bool] = True
     alpha: float = 2.0
     variant: Literal["v2", "v1"] = "v2"
     beta: float = 1.0
@@ -62,7 +63,7 @@ class Prototypes(Objective):
         state = {}
         for kind, source in sources.items():
             for m in names:
-                state[f"{kind}.{m}"] = source[f"prototype.{m}"].to(torch.float32)
+                state[f"{kind}.{m}"] = source[f"prototype.{m}"].to(next(iter(data.x.values())).dtype)
                 state[f"{kind}_known.{m}"] = source[f"prototype_count.{m}"] > 0
         return state
 
@@ -73,18 +74,25 @@ class Prototypes(Objective):
         logits = {
             m: distance_logits(h, state[f"{source}.{m}"], state[f"{source}_known.{m}"]) for m, h in out.features.items()
         }
-        chosen = torch.ones(len(logits)) if self.weak == "all" else weak_modality(logits, batch.present, batch.y)
-        loss = F.cross_entropy(out.logits, batch.y)
+        chosen = weak_modality(logits, batch.present, batch.y)
+        if self.weak == "all":
+            chosen = torch.ones_like(chosen)
+        loss = batch.mean(cross_entropy(out.logits, batch.y))
         for slot, (m, l_m) in enumerate(logits.items()):
-            usable = batch.present[m] & state[f"{source}_known.{m}"][batch.y]
-            enhance = masked_mean(F.cross_entropy(l_m, batch.y, reduction="none"), usable)
-            loss = loss + self.alpha * chosen[slot] * enhance
+            usable = batch.present[m] & state[f"{source}_known.{m}"].gather(-1, batch.y)
+            enhance = masked_mean(cross_entropy(l_m, batch.y), usable)
+            loss = loss + self.alpha * chosen[..., slot] * enhance
             if self.variant == "v1":
-                own = out.features[m] - state[f"global.{m}"][batch.y]
-                distance = (own.square().sum(1) + 1e-12).sqrt()
-                aligned = batch.present[m] & state[f"global_known.{m}"][batch.y]
-                loss = loss + self.beta * chosen[slot] * masked_mean(distance, aligned)
+                own = out.features[m] - _of_class(state[f"global.{m}"], batch.y)
+                distance = (own.square().sum(-1) + 1e-12).sqrt()
+                aligned = batch.present[m] & state[f"global_known.{m}"].gather(-1, batch.y)
+                loss = loss + self.beta * chosen[..., slot] * masked_mean(distance, aligned)
         return (loss,)
+
+
+def _of_class(centres: Tensor, y: Tensor) -> Tensor:
+    """Each sample's centre, [..., B, d], from centres [..., C, d] and labels [..., B]."""
+    return centres.gather(-2, y.unsqueeze(-1).expand(*y.shape, centres.shape[-1]))
 
 
 def _local_prototypes(model: MultimodalModel, data: ClientData) -> Tensors:
@@ -92,29 +100,29 @@ def _local_prototypes(model: MultimodalModel, data: ClientData) -> Tensors:
     found: Tensors = {}
     for m in data.modalities:
         total, count = class_sums(features[m], data.present[m], data.y, data.classes)
-        found[f"prototype.{m}"] = total / count.clamp(min=1).unsqueeze(1)
+        found[f"prototype.{m}"] = total / count.clamp(min=1).unsqueeze(-1)
         found[f"prototype_count.{m}"] = count
     return found
 
 
 def distance_logits(features: Tensor, prototypes: Tensor, known: Tensor) -> Tensor:
-    """l_c(x) = -||h(x) - C_c||_2, [B, C]; classes without prototype get a logit that softmax ignores.
+    """l_c(x) = -||h(x) - C_c||_2, [..., B, C]; classes without prototype get a logit that softmax ignores.
 
     Args:
-        features: h [B, d].
-        prototypes: C [C, d].
-        known: Which classes have a prototype, bool [C].
+        features: h [..., B, d].
+        prototypes: C [..., C, d].
+        known: Which classes have a prototype, bool [..., C].
     """
-    square = (features.unsqueeze(1) - prototypes.unsqueeze(0)).square().sum(2)
-    return torch.where(known, -(square + 1e-12).sqrt(), -1e4)
+    square = (features.unsqueeze(-2) - prototypes.unsqueeze(-3)).square().sum(-1)
+    return torch.where(known.unsqueeze(-2), -(square + 1e-12).sqrt(), -1e4)
 
 
 def weak_modality(logits: Tensors, present: Tensors, y: Tensor) -> Tensor:
-    """1 for the modality with the smallest sum_i softmax(l^m)_{y_i}, 0 for the others, [M], no gradient.
+    """1 for the modality with the smallest sum_i softmax(l^m)_{y_i}, 0 for the others, [..., M], no gradient.
 
     A single modality is always enhanced. Sums run over samples that have every modality given.
     """
     complete = torch.stack([present[m] for m in logits]).all(0)
-    rows = [F.softmax(o.detach(), 1).gather(1, y.unsqueeze(1)).squeeze(1) for o in logits.values()]
-    sums = torch.stack([torch.where(complete, p, 0.0).sum() for p in rows])
-    return F.one_hot(sums.argmin(), len(rows)).to(sums.dtype)
+    rows = [true_class(F.softmax(o.detach(), -1), y) for o in logits.values()]
+    sums = torch.stack([torch.where(complete, p, 0.0).sum(-1) for p in rows], -1)
+    return F.one_hot(sums.argmin(-1), len(rows)).to(sums.dtype)

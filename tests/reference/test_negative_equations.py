@@ -77,7 +77,7 @@ def logits(seed, count=2, samples=40, classes=tiny.CLASSES):
 
 
 def term(objective, o, fused, present, y):
-    return objective.negative_loss(o, *guidance(o, fused, present, y), y)
+    return objective.negative_loss(o, *guidance(o, fused, present, y), y).mean()
 
 
 @pytest.mark.parametrize("seed", range(3))

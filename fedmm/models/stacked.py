@@ -1,0 +1,229 @@
+"""Many clients' copies of one model as a single model: every parameter has a leading axis of K clients.
+
+The twin is the same `MultimodalModel` with its layers replaced by stacked ones, so that encoders, fusions, heads and
+objectives need no second version: they work on [K, B, ...] as they do on [B, ...].
+
+    Linear      W [K, in, out], b [K, 1, out]     one batched product; this order makes gradients contiguous
+    Conv2d      W [K, O, I, h, w]                 one grouped convolution with K groups
+    GroupNorm, LayerNorm, pooling, Flatten        the same arithmetic in each client and sample
+
+A layer without a rule is refused with a reason (`Unstackable`), and its model trains client by client.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fedmm.models.encoders import BasicBlock
+from fedmm.models.fusion import FUSIONS
+from fedmm.models.multimodal import MultimodalModel
+from fedmm.types import Tensors
+
+
+class Unstackable(Exception):
+    """Why a model, or an objective, cannot train as a stack."""
+
+
+class Linear(nn.Module):
+    """x W + b for each client."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__()
+        self.register_parameter("weight", None)
+        self.register_parameter("bias", None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[K, ..., in] -> [K, ..., out]."""
+        rows = x if x.dim() == 3 else x.reshape(x.shape[0], -1, x.shape[-1])
+        out = torch.bmm(rows, self.weight) if self.bias is None else torch.baddbmm(self.bias, rows, self.weight)
+        return out if x.dim() == 3 else out.view(*x.shape[:-1], out.shape[-1])
+
+
+class Conv2d(nn.Module):
+    """Each client's convolution, as groups of one."""
+
+    def __init__(self, layer: nn.Conv2d) -> None:
+        super().__init__()
+        if layer.groups != 1 or layer.padding_mode != "zeros":
+            raise Unstackable("grouped convolutions and padding other than zeros have no stacked form")
+        self.stride, self.padding, self.dilation = layer.stride, layer.padding, layer.dilation
+        self.register_parameter("weight", None)
+        self.register_parameter("bias", None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[K, B, I, H, W] -> [K, B, O, H', W']."""
+        clients = x.shape[0]
+        bias = None if self.bias is None else self.bias.flatten()
+        kernel = self.weight.flatten(0, 1)
+        return _spread(
+            F.conv2d(_merge(x), kernel, bias, self.stride, self.padding, self.dilation, groups=clients), clients
+        )
+
+
+class GroupNorm(nn.Module):
+    """Group normalisation of each sample, with each client's scale and shift."""
+
+    def __init__(self, layer: nn.GroupNorm) -> None:
+        super().__init__()
+        self.groups, self.eps = layer.num_groups, layer.eps
+        self.register_parameter("weight", None)
+        self.register_parameter("bias", None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[K, B, C, ...] -> the same shape."""
+        clients = x.shape[0]
+        y = _spread(F.group_norm(_merge(x), clients * self.groups, eps=self.eps), clients)
+        if self.weight is None:
+            return y
+        shape = (clients, 1, -1, *[1] * (x.dim() - 3))
+        return y * self.weight.view(shape) + self.bias.view(shape)
+
+
+class LayerNorm(nn.Module):
+    """Layer normalisation over the last axes, with each client's scale and shift, if any."""
+
+    def __init__(self, layer: nn.LayerNorm) -> None:
+        super().__init__()
+        self.shape, self.eps = layer.normalized_shape, layer.eps
+        self.register_parameter("weight", None)
+        self.register_parameter("bias", None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[K, ..., *shape] -> the same shape."""
+        y = F.layer_norm(x, self.shape, eps=self.eps)
+        if self.weight is None:
+            return y
+        shape = (x.shape[0], *[1] * (x.dim() - 1 - len(self.shape)), *self.shape)
+        y = y * self.weight.view(shape)
+        return y if self.bias is None else y + self.bias.view(shape)
+
+
+class Pool(nn.Module):
+    """A pooling layer, which treats channels alike, on the channels of all clients."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = copy.deepcopy(layer)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[K, B, C, H, W] -> [K, B, C, H', W']."""
+        return _spread(self.layer(_merge(x)), x.shape[0])
+
+
+def _flatten(layer: nn.Flatten) -> nn.Module:
+    if (layer.start_dim, layer.end_dim) != (1, -1):
+        raise Unstackable("Flatten has a stacked form only for whole samples")
+    return nn.Flatten(2)
+
+
+def _merge(x: Tensor) -> Tensor:
+    """[K, B, C, ...] -> [B, K C, ...]: clients as groups of channels; free on what `_spread` gave."""
+    return x.transpose(0, 1).reshape(x.shape[1], x.shape[0] * x.shape[2], *x.shape[3:])
+
+
+def _spread(x: Tensor, clients: int) -> Tensor:
+    """[B, K C, ...] -> [K, B, C, ...]."""
+    return x.view(x.shape[0], clients, -1, *x.shape[2:]).transpose(0, 1)
+
+
+RULES: Mapping[type[nn.Module], Callable[..., nn.Module]] = MappingProxyType(
+    {
+        nn.Linear: Linear,
+        nn.Conv2d: Conv2d,
+        nn.GroupNorm: GroupNorm,
+        nn.LayerNorm: LayerNorm,
+        nn.MaxPool2d: Pool,
+        nn.AvgPool2d: Pool,
+        nn.AdaptiveAvgPool2d: Pool,
+        nn.Flatten: _flatten,
+    }
+)
+"""Layer -> what stands for it in a stack."""
+
+_TRANSPARENT: tuple[type[nn.Module], ...] = (
+    MultimodalModel,
+    BasicBlock,
+    *FUSIONS.values(),
+    nn.Sequential,
+    nn.ModuleDict,
+    nn.ModuleList,
+    nn.Identity,
+    nn.ReLU,
+    nn.Tanh,
+    nn.Sigmoid,
+    nn.GELU,
+)
+
+
+class Stack:
+    """The stacked twin of a model.
+
+    Args:
+        model: The plain model; it is not changed.
+
+    Attributes:
+        model: The twin; it has no parameters until `bind`.
+        convolutions: Whether it has any (grouped convolutions lose to single ones on a CPU).
+
+    Raises:
+        Unstackable: A layer has no stacked form.
+    """
+
+    def __init__(self, model: MultimodalModel) -> None:
+        if any(True for _ in model.buffers()):
+            raise Unstackable("the model keeps running statistics, which rows that fill up a stack would spoil")
+        self.model = copy.deepcopy(model)
+        self.convolutions = any(isinstance(layer, nn.Conv2d) for layer in model.modules())
+        self._slots: dict[str, tuple[nn.Module, str]] = {}
+        self._replace(self.model, "")
+
+    def _replace(self, module: nn.Module, path: str) -> None:
+        if not isinstance(module, _TRANSPARENT):
+            raise Unstackable(f"{path or 'the model'} is a {type(module).__name__}, which has no stacked form")
+        for name, child in list(module.named_children()):
+            rule = RULES.get(type(child))
+            if rule is None:
+                self._replace(child, f"{path}{name}.")
+                continue
+            twin = rule(child)
+            module._modules[name] = twin
+            for attribute, _ in child.named_parameters(recurse=False):
+                self._slots[f"{path}{name}.{attribute}"] = twin, attribute
+
+    def bind(self, tensors: Mapping[str, Tensor]) -> Tensors:
+        """Make stacked tensors [K, ...] the twin's parameters (they share memory); returns those parameters."""
+        bound: Tensors = {}
+        for name, tensor in tensors.items():
+            module, attribute = self._slots[name]
+            bound[name] = module._parameters[attribute] = nn.Parameter(tensor)
+        return bound
+
+    def expand(self, name: str, tensor: Tensor, clients: int) -> Tensor:
+        """A plain tensor as K stacked ones that share its memory: never write to it."""
+        stacked = self._to_stack(name, tensor)
+        return stacked.unsqueeze(0).expand(clients, *stacked.shape)
+
+    def stack(self, name: str, tensors: Tensor) -> Tensor:
+        """Plain tensors [K, *shape] in the stack's layout."""
+        if isinstance(self._slots[name][0], Linear):
+            return tensors.transpose(1, 2).contiguous() if tensors.dim() == 3 else tensors.unsqueeze(1)
+        return tensors
+
+    def plain(self, name: str, tensors: Tensor) -> Tensor:
+        """Stacked tensors as [K, *shape] of the plain model; a view where possible."""
+        if isinstance(self._slots[name][0], Linear):
+            return tensors.transpose(1, 2) if name.endswith("weight") else tensors.squeeze(1)
+        return tensors
+
+    def plain_sum(self, name: str, tensor: Tensor) -> Tensor:
+        """One tensor in the stack's layout, without the client axis, in the plain model's layout."""
+        return self.plain(name, tensor.unsqueeze(0)).squeeze(0).contiguous()
+
+    def _to_stack(self, name: str, tensor: Tensor) -> Tensor:
+        return self.stack(name, tensor.unsqueeze(0)).squeeze(0)
