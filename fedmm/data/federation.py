@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,48 @@ from fedmm.data.missing import drop_modalities, owners
 from fedmm.data.partition import Indices, class_counts, heldout, partition
 from fedmm.errors import ConfigError
 from fedmm.seeding import numpy_rng
-from fedmm.types import SPLITS, ClientData, Dataset
+from fedmm.types import SPLITS, ClientData, Dataset, Tensors
+
+
+@dataclass(frozen=True)
+class Pool:
+    """One split of all clients in one place: client k's samples are rows starts[k] : starts[k] + sizes[k].
+
+    Attributes:
+        x: Modality -> [N, *shape]; rows of a modality that their client lacks mean nothing.
+        present: Modality -> bool [N].
+        y: Labels, int64 [N].
+        starts: int64 [K].
+        sizes: int64 [K].
+        classes: Number of classes C.
+        complete: Modalities that no sample of a client that owns them lacks.
+        owned: Modalities that each client's samples come with.
+    """
+
+    x: Tensors
+    present: Tensors
+    y: torch.Tensor
+    starts: npt.NDArray[np.int64]
+    sizes: npt.NDArray[np.int64]
+    classes: int
+    complete: frozenset[str]
+    owned: tuple[tuple[str, ...], ...]
+
+    def client(self, k: int) -> ClientData:
+        """Client k's samples; shares memory with the pool."""
+        rows = slice(int(self.starts[k]), int(self.starts[k] + self.sizes[k]))
+        return ClientData(
+            {m: self.x[m][rows] for m in self.owned[k]},
+            {m: self.present[m][rows] for m in self.owned[k]},
+            self.y[rows],
+            self.classes,
+        )
+
+    def to(self, device: torch.device) -> Pool:
+        """The same samples on another device."""
+        move = {"x": self.x, "present": self.present}
+        moved = {name: {m: t.to(device) for m, t in part.items()} for name, part in move.items()}
+        return replace(self, y=self.y.to(device), **moved)
 
 
 @dataclass(frozen=True)
@@ -35,6 +76,7 @@ class Federation:
     owned: tuple[tuple[str, ...], ...]
     present: dict[str, npt.NDArray[np.bool_]]
     heldout: str = "complete"
+    _pools: dict[str, Pool] = field(default_factory=dict, repr=False, compare=False)
 
     def __len__(self) -> int:
         return len(self.owned)
@@ -46,13 +88,33 @@ class Federation:
 
     def client(self, k: int, split: str) -> ClientData:
         """One split ("train", "val", "test") of client k as CPU tensors; modalities it does not own have no entry."""
-        rows = self.indices[split][k]
-        names = self.modalities(k, split)
-        return ClientData(
-            x={m: torch.from_numpy(self.dataset.x[m][rows]) for m in names},
-            present={m: torch.from_numpy(self.present[m][rows]) for m in names},
-            y=torch.from_numpy(self.dataset.y[rows]),
-            classes=len(self.dataset.classes),
+        return self.pool(split).client(k)
+
+    def pool(self, split: str) -> Pool:
+        """One split of all clients, gathered once."""
+        if split not in self._pools:
+            self._pools[split] = self._gather(split)
+        return self._pools[split]
+
+    def _gather(self, split: str) -> Pool:
+        rows = np.concatenate([np.zeros(0, dtype=np.int64), *self.indices[split]])
+        sizes = np.array([len(r) for r in self.indices[split]], dtype=np.int64)
+        owned = tuple(self.modalities(k, split) for k in range(len(self)))
+        home = np.repeat(np.arange(len(self)), sizes)
+        complete = []
+        for m in self.dataset.modalities:
+            owner = np.array([m in names for names in owned])
+            if bool(self.present[m][rows[owner[home]]].all()):
+                complete.append(m)
+        return Pool(
+            {m: torch.from_numpy(x[rows]) for m, x in self.dataset.x.items()},
+            {m: torch.from_numpy(p[rows]) for m, p in self.present.items()},
+            torch.from_numpy(self.dataset.y[rows]),
+            np.cumsum(sizes) - sizes,
+            sizes,
+            len(self.dataset.classes),
+            frozenset(complete),
+            owned,
         )
 
     def summary(self) -> dict[str, Any]:
