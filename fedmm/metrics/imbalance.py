@@ -292,7 +292,7 @@ def _gradient_sums(model: MultimodalModel, data: ClientData, rows: Tensor) -> di
             # through the sum of all gives every encoder its own.
             own = torch.stack([F.cross_entropy(o, batch.y, reduction="sum") for o in alone]).sum()
             for at, loss in enumerate((joint, own)):
-                parts = torch.autograd.grad(loss, parameters, retain_graph=at == 0, materialize_grads=True)
+                parts = torch.autograd.grad(loss, parameters, retain_graph=at == 0)
                 total[at] += torch.cat([g.flatten().to(torch.float64) for g in parts])
     flat = (torch.split(t, [sum(p.numel() for p in block) for block in encoders.values()]) for t in total)
     return dict(zip(encoders, zip(*flat, strict=True), strict=True))

@@ -1,4 +1,4 @@
-"""The figures of modality imbalance, sample by sample and coalition by coalition from their definitions; slow on purpose.
+"""The figures of modality imbalance from their definitions, sample by sample; slow on purpose.
 
 Models fuse by concatenation and have no projectors. Where the definitions are silent: a sample shows what it has of a
 coalition; scores are means over the samples that have every owned modality; gradients are means over the samples that
