@@ -60,7 +60,7 @@ class BatteryConfig(Section):
         compute_w: Joules per second of computing.
         radio_j_byte: Joules per byte sent or received.
         recharge_w: Joules per second while the device is unavailable.
-        reserve: Share of the capacity below which the device takes no task.
+        reserve: Share of the capacity below which the device takes no task; above 0, as an empty one takes none.
         initial: Share of the capacity at the start.
     """
 
@@ -68,7 +68,7 @@ class BatteryConfig(Section):
     compute_w: float = Field(default=3.0, ge=0)
     radio_j_byte: float = Field(default=2e-6, ge=0)
     recharge_w: float = Field(default=10.0, ge=0)
-    reserve: float = Field(default=0.0, ge=0, lt=1)
+    reserve: float = Field(default=0.1, gt=0, lt=1)
     initial: float = Field(default=1.0, gt=0, le=1)
 
 
@@ -188,7 +188,7 @@ class DevicesConfig(Section):
         shares = [c.share for c in classes if c.share is not None]
         counts = [c.count for c in classes if c.count is not None]
         if (shares and counts) or len(shares) not in (0, len(classes)) or len(counts) not in (0, len(classes)):
-            raise ValueError("give every class a share, or every class a count, or none of them either")
+            raise ValueError("give every class a share, or every class a count, or neither")
         if shares and abs(sum(shares) - 1) > 1e-6:
             raise ValueError(f"the shares of the classes sum to {sum(shares):g}, not to 1")
         named = [entry.client for entry in self.clients]

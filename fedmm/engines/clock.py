@@ -11,7 +11,7 @@ plus, where the device is not always there, the waiting for its windows (`Availa
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from math import ceil, inf
 from typing import Any, Literal, NamedTuple, TypeAlias
 
@@ -52,9 +52,7 @@ class Spent:
     energy_j: float = 0.0
 
     def __add__(self, other: Spent) -> Spent:
-        return Spent(
-            self.down_bytes + other.down_bytes, self.up_bytes + other.up_bytes, self.energy_j + other.energy_j
-        )
+        return Spent(self.down_bytes + other.down_bytes, self.up_bytes + other.up_bytes, self.energy_j + other.energy_j)
 
 
 class Leg(NamedTuple):
@@ -180,12 +178,13 @@ def check_in(clock: Clock, fleet: Fleet, clients: Sequence[int], least: int) -> 
     when = {k: ready_at(clock, fleet, k, clock.now_s) for k in clients}
     coming = sorted(t for t in when.values() if t < inf)
     if not coming:
-        raise _deserted(clock.now_s)
+        raise deserted(clock.now_s)
     now_s = max(clock.now_s, coming[min(max(least, 1), len(coming)) - 1])
     return replace(clock, now_s=now_s), [k for k in clients if when[k] <= now_s]
 
 
-def _deserted(now_s: float) -> RunError:
+def deserted(now_s: float) -> RunError:
+    """The error of a run whose devices are all gone for good."""
     return RunError(
         "no device will ever be ready again",
         where=f"simulated second {now_s:.0f}",
@@ -232,19 +231,17 @@ def attempt(
     """
     profile = fleet[client]
     parts, there = legs(profile, work), profile.availability
-    active, fate = sum(leg.seconds for leg in parts), "reply"
-    rng = seeding.numpy_rng(seed, "dropout", number, client)
-    drops, share = rng.random(2)
-    ends: list[tuple[float, Fate]] = [(lasts(parts, level_j(clock, fleet, client, start_s)), "battery")]
-    if drops < profile.dropout:
-        ends.append((float(share) * active, "dropout"))
+    whole = sum(leg.seconds for leg in parts)
     begin = there.after(start_s, 0)
     if begin == inf:
         return Attempt(client, start_s, start_s, "unavailable", Spent())
+    ends: list[tuple[float, Fate]] = [(whole, "reply"), (lasts(parts, level_j(clock, fleet, client, begin)), "battery")]
+    drops, share = seeding.numpy_rng(seed, "dropout", number, client).random(2)
+    if drops < profile.dropout:
+        ends.append((float(share) * whole, "dropout"))
     if not there.resumes:
         ends.append((there.until(begin) - begin, "interrupted"))
-    outcome: tuple[float, Fate] = min([(active, "reply"), *ends], key=lambda end: end[0])
-    active, fate = outcome
+    active, fate = min(ends, key=lambda end: end[0])
     end_s = there.after(start_s, active)
     if end_s == inf:  # a trace that ends for good
         end_s = there.phase_s + there.windows_s[-1][1]
@@ -252,3 +249,105 @@ def attempt(
     if end_s > until_s:
         active, end_s, fate = there.seconds(start_s, until_s), until_s, "late"
     return Attempt(client, start_s, end_s, fate, progress(parts, active))
+
+
+# -- one synchronous round ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class RoundTiming:
+    """A synchronous round in simulated time.
+
+    Attributes:
+        start_s: When the tasks were sent.
+        end_s: When the server stopped waiting.
+        replies: Clients whose replies count, in order of arrival; at most the wanted number.
+        stragglers: Clients still under way at the end, or one too many, ascending.
+        failed: Client -> why no reply would ever have come.
+        arrival_s: Client in `replies` -> when its reply arrived.
+        spent: Bytes and energy of all that were asked.
+    """
+
+    start_s: float
+    end_s: float
+    replies: tuple[int, ...]
+    stragglers: tuple[int, ...]
+    failed: Mapping[int, Fate]
+    arrival_s: Mapping[int, float]
+    spent: Spent
+
+
+def ask_count(wanted: int, over_selection: float, candidates: int) -> int:
+    """How many clients to ask for `wanted` replies: over_selection x wanted, rounded up, at most all candidates."""
+    return min(candidates, ceil(over_selection * wanted - 1e-9))
+
+
+def simulate_round(
+    clock: Clock,
+    fleet: Fleet,
+    work: Mapping[int, Work],
+    wanted: int,
+    seed: int,
+    round: int,
+    deadline_s: float | None = None,
+) -> tuple[Clock, RoundTiming]:
+    """Who replies in a round that begins now, and when it ends (Bonawitz et al., MLSys 2019).
+
+    The round ends with the wanted-th reply or at the deadline, whichever is first: a failed client says nothing.
+    Without a deadline, a round that falls short ends when the last client has replied or failed. Stragglers stop then.
+
+    Args:
+        clock: At the round's start.
+        fleet: Profiles.
+        work: Client that is asked -> its task.
+        wanted: Replies after which the server waits no longer.
+        seed: The run's seed.
+        round: From 1.
+        deadline_s: Simulated seconds that the round may take.
+
+    Returns:
+        The clock at the round's end, and the round.
+    """
+    start_s = clock.now_s
+    limit_s = inf if deadline_s is None else start_s + deadline_s
+
+    def follow(until_s: float) -> list[Attempt]:
+        return [attempt(clock, fleet, k, work[k], seed, round, start_s, until_s) for k in sorted(work)]
+
+    tries = follow(limit_s)
+    arrivals = sorted((t.end_s, t.client) for t in tries if t.fate == "reply")[:wanted]
+    if len(arrivals) == wanted and arrivals:
+        end_s = arrivals[-1][0]
+    else:
+        end_s = max([start_s, *(t.end_s for t in tries)]) if deadline_s is None else limit_s
+    tries = follow(end_s)
+    replies = tuple(k for _, k in arrivals)
+    others = {t.client: t.fate for t in tries if t.client not in replies}
+    for t in tries:
+        clock = draw(clock, fleet, t.client, start_s, t.spent.energy_j)
+    return replace(clock, now_s=end_s), RoundTiming(
+        start_s,
+        end_s,
+        replies,
+        tuple(k for k, fate in others.items() if fate in ("late", "reply")),
+        {k: fate for k, fate in others.items() if fate not in ("late", "reply")},
+        {k: at for at, k in arrivals},
+        sum((t.spent for t in tries), Spent()),
+    )
+
+
+# -- time to accuracy ---------------------------------------------------------------------------------------------
+
+
+class Reading(NamedTuple):
+    """Accuracy of the global model at a simulated time, and the bytes spent until then (up and down)."""
+
+    seconds: float
+    bytes: int
+    accuracy: float
+
+
+def time_to_accuracy(readings: Sequence[Reading], targets: Sequence[float]) -> dict[float, Reading | None]:
+    """For each target the first reading, in order of time, whose accuracy reaches it; None if none does."""
+    ordered = sorted(readings, key=lambda r: r.seconds)
+    return {target: next((r for r in ordered if r.accuracy >= target), None) for target in targets}

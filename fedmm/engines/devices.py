@@ -2,11 +2,11 @@
 
 Orders of magnitude of the presets, with where they come from:
 
-| Preset    | FLOP/s | memory  | down, up        | dropout | Basis                                                        |
-|-----------|--------|---------|-----------------|---------|--------------------------------------------------------------|
-| `phone`   | 10 G   | 1 GiB   | 60, 11 Mbit/s   | 8 %     | CPU of a mid-range phone; one app's memory; mobile networks  |
-| `tablet`  | 20 G   | 2 GiB   | 60, 25 Mbit/s   | 5 %     | CPU of a tablet; Wi-Fi shared with others on a fixed line    |
-| `gateway` | 100 G  | 4 GiB   | 95, 48 Mbit/s   | 1 %     | embedded GPU board at a fifth of its 472 GFLOP/s; fixed line |
+| Preset    | FLOP/s | memory | down, up      | dropout | Basis                                                      |
+|-----------|--------|--------|---------------|---------|------------------------------------------------------------|
+| `phone`   | 10 G   | 1 GiB  | 60, 11 Mbit/s | 8 %     | CPU of a mid-range phone; one app's memory; mobile network |
+| `tablet`  | 20 G   | 2 GiB  | 60, 25 Mbit/s | 5 %     | CPU of a tablet; Wi-Fi shared on a fixed line              |
+| `gateway` | 100 G  | 4 GiB  | 95, 48 Mbit/s | 1 %     | embedded GPU, a fifth of its 472 GFLOP/s; fixed line       |
 
 Speeds are what small-batch training gets, a tenth or so of the peak. Link rates are the medians of public speed tests
 of the mid-2020s (mobile and fixed). Of phones, 6 to 10 % dropped out of a round in a large deployment (Bonawitz et
@@ -257,7 +257,9 @@ def _deal(classes: Mapping[str, DeviceClassConfig], clients: int) -> list[str]:
     """One class name a client, in the classes' order: counts as given, shares by largest remainder."""
     if not classes and clients:
         raise ConfigError(
-            f"{clients} clients have no device", where="devices.classes", remedy="write, e.g., {phone: 0.7, gateway: 0.3}"
+            f"{clients} clients have no device",
+            where="devices.classes",
+            remedy="write, e.g., {phone: 0.7, gateway: 0.3}",
         )
     counts = {name: of.count for name, of in classes.items() if of.count is not None}
     if not counts:
