@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 
-from server.knowledge import Federates, Knowledge
+from server.facts import Federates, Knowledge
+
+Indices: TypeAlias = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -68,9 +71,11 @@ class Selector:
         """
         raise TypeError(f"{type(self).__name__} selects nothing")
 
+    def metrics(self, situation: Situation, count: int) -> dict[tuple[str, str], float]:
+        """(modality or "fused", metric) -> value: how `select` decides in this situation, for the round's record."""
+        return {}
 
-def draw(rng: np.random.Generator, pool: Sequence[int], size: int) -> list[int]:
+
+def draw(rng: np.random.Generator, pool: Indices, size: int) -> Indices:
     """`size` different elements of `pool`, uniformly (all of it, in order, if it is no larger)."""
-    if size >= len(pool):
-        return list(pool)
-    return [pool[i] for i in rng.choice(len(pool), size=size, replace=False)]
+    return pool if size >= len(pool) else pool[rng.choice(len(pool), size=size, replace=False)]

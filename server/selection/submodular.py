@@ -14,46 +14,66 @@ and resolves the conflict at each greedy step by the imbalance of the weak candi
     R <- random candidates;  i_M, i_W <- best of R for G_M, G_W
     acc_dominant / acc_weak of i_W > theta:  pick i_W with W only, update cover_W
     else:                                    pick i_M with all its modalities, update cover_M
+
+Up to 10,000 clients these sums are exact. Above, `route: auto` estimates them (`route` fixes either way):
+
+    candidates: max(R, 2 m, 10,000) random ones; greedy and its random R go on among these
+    demand k:   max(25 m, 10,000) random clients instead of V
+    distances:  between fresh sketches of 64 numbers, computed as needed, never stored
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal, cast
 
 import numpy as np
-import numpy.typing as npt
+import torch
 
-from server.knowledge import Directions, Imbalance, Matrix
-from server.selection.base import Pick, Selector, Situation, draw
+from server.directions import STORED, Directions, Matrix, sketch, unit
+from server.knowledge import Imbalance
+from server.selection.base import Indices, Pick, Selector, Situation, draw
+from server.selection.facility import Computed, Cover, greedy
 
-_TIE = 1e-12
-"""Relative difference of sums below which they count as equal."""
+WIDTH = 64
+"""Numbers of a vector's sketch in the sampled route: distances with a standard error of about 9 %."""
+
+FEWEST = 10_000
+"""Fewest candidates and fewest demand points of the sampled route."""
+
+DEMAND = 25
+"""Demand points for each client to pick in the sampled route: with few, picks would fit the sample."""
 
 
-class Cover:
-    """sum_k min_{i in S} D[k, i] while S grows; D is never written to.
+@dataclass(frozen=True)
+class Field:
+    """Who may be picked, and whom the picks shall be near.
 
-    Args:
-        matrix: Distances D [K, K].
+    Attributes:
+        sites: Clients that covers know, [n]; their positions here stand for them in pools and covers.
+        pool: Positions of those that may be picked.
+        demand: Clients that the picks shall be near; None: all, exactly.
+        seed: Of the sketches.
     """
 
-    def __init__(self, matrix: Matrix) -> None:
-        self._matrix = matrix
-        self.nearest: npt.NDArray[np.float64] = np.full(len(matrix), np.inf)
+    sites: Indices
+    pool: Indices
+    demand: Indices | None = None
+    seed: int = 0
 
-    def best(self, candidates: Sequence[int]) -> int:
-        """The candidate whose addition leaves the smallest sum; the first in order on a tie.
+    def cover(self, known: Directions, key: str, normalise: bool) -> Cover:
+        """An empty cover over one kind of vectors."""
+        vectors = known.vectors(key)
+        if self.demand is not None:
+            return Cover(Computed(*(self._sketched(vectors[k], normalise) for k in (self.sites, self.demand))))
+        if len(vectors) <= STORED:
+            return Cover(known.distances(key, normalise))
+        every = (unit(vectors) if normalise else vectors).numpy()
+        return Cover(Computed(every, every))
 
-        Two clients that are each other's nearest tie exactly, but for rounding: it must not decide.
-        """
-        costs = np.minimum(self.nearest[:, None], self._matrix[:, candidates]).sum(0)
-        return candidates[int((costs <= costs.min() * (1 + _TIE)).argmax())]
-
-    def add(self, client: int) -> None:
-        """Put a client into S."""
-        self.nearest = np.minimum(self.nearest, self._matrix[:, client])
+    def _sketched(self, vectors: torch.Tensor, normalise: bool) -> Matrix:
+        result: Matrix = sketch(unit(vectors) if normalise else vectors, WIDTH, self.seed).numpy()
+        return result
 
 
 @dataclass(frozen=True)
@@ -64,16 +84,47 @@ class _Greedy(Selector):
         greedy: "stochastic" looks at a random subset in each step, "plain" at all candidates.
         candidates: Size of that subset; null: max(m, K / 10).
         normalize_delta: Unit-length directions before distances (off in the paper).
+        route: "exact" sums over all clients, "sampled" estimates them; "auto": exact up to 10,000 clients.
     """
 
     greedy: Literal["stochastic", "plain"] = "stochastic"
     candidates: int | None = None
     normalize_delta: bool = False
+    route: Literal["auto", "exact", "sampled"] = "auto"
 
-    def _step_pool(self, pool: Sequence[int], count: int, total: int, rng: np.random.Generator) -> list[int]:
-        if self.greedy == "plain":
-            return list(pool)
-        return draw(rng, pool, self.candidates or max(count, total // 10))
+    def sampled(self, clients: int) -> bool:
+        """Whether sums over this many clients are estimated."""
+        return self.route == "sampled" or (self.route == "auto" and clients > STORED)
+
+    def metrics(self, situation: Situation, count: int) -> dict[tuple[str, str], float]:
+        """The route (1: sampled), and how many clients may be picked and are to be near."""
+        sites, demand = self._sizes(situation, count)
+        return {
+            ("fused", "selection_sampled"): float(self.sampled(len(situation.federates.owned))),
+            ("fused", "selection_candidates"): float(sites),
+            ("fused", "selection_demand"): float(demand),
+        }
+
+    def _sizes(self, situation: Situation, count: int) -> tuple[int, int]:
+        clients, pool = len(situation.federates.owned), len(situation.candidates)
+        if not self.sampled(clients):
+            return pool, clients
+        sites = max(self._step(clients, count) or pool, 2 * count, FEWEST)
+        return min(pool, sites), min(clients, max(DEMAND * count, FEWEST))
+
+    def _step(self, clients: int, count: int) -> int | None:
+        """How many random candidates a greedy step looks at; None: all."""
+        return None if self.greedy == "plain" else self.candidates or max(count, clients // 10)
+
+    def _field(self, situation: Situation, count: int, rng: np.random.Generator) -> Field:
+        clients, pool = len(situation.federates.owned), np.array(situation.candidates, dtype=np.int64)
+        if not self.sampled(clients):
+            return Field(np.arange(clients), pool)
+        sites, demand = self._sizes(situation, count)
+        # Sorted: memory is read in order, and a tie goes to the first client.
+        chosen = np.sort(draw(rng, pool, sites))
+        near = np.sort(draw(rng, np.arange(clients), demand))
+        return Field(chosen, np.arange(len(chosen)), near, int(rng.integers(2**63)))
 
 
 @dataclass(frozen=True)
@@ -93,15 +144,10 @@ class DivFL(_Greedy):
     def select(self, situation: Situation, count: int, rng: np.random.Generator) -> list[Pick]:
         """See `Selector.select`."""
         kind, key = ("directions", "joint") if self.vectors == "encoders" else ("whole_directions", "whole")
-        known = cast(Directions, situation.knowledge[kind])
-        cover = Cover(known.distances(key, self.normalize_delta))
-        pool, picks = list(situation.candidates), []
-        for _ in range(min(count, len(pool))):
-            client = cover.best(self._step_pool(pool, count, len(situation.federates.owned), rng))
-            cover.add(client)
-            pool.remove(client)
-            picks.append(situation.everything(client))
-        return picks
+        field = self._field(situation, count, rng)
+        cover = field.cover(cast(Directions, situation.knowledge[kind]), key, self.normalize_delta)
+        picked = greedy(cover, field.pool, count, self._step(len(situation.federates.owned), count), rng)
+        return [situation.everything(int(field.sites[i])) for i in picked]
 
 
 @dataclass(frozen=True)
@@ -122,21 +168,22 @@ class CMSFed(_Greedy):
         imbalance = cast(Imbalance, situation.knowledge["imbalance"])
         dominant, weak = imbalance.order()
         weak_name = situation.federates.modalities[weak]
-        cover_all = Cover(directions.distances("joint", self.normalize_delta))
-        cover_weak = Cover(directions.distances(f"encoder.{weak_name}", self.normalize_delta))
         owned = situation.federates.owned
-        pool, picks = list(situation.candidates), []
-        for _ in range(min(count, len(pool))):
-            step = self._step_pool(pool, count, len(owned), rng)
-            for_weak = [k for k in step if weak_name in owned[k]]
-            candidate = cover_weak.best(for_weak) if for_weak else None
-            if candidate is not None and imbalance.local_ratio(candidate, dominant, weak) > self.theta:
-                client = candidate
-                cover_weak.add(client)
-                picks.append(Pick(client, (weak_name,)))
+        field, size = self._field(situation, count, rng), self._step(len(owned), count)
+        cover_all = field.cover(directions, "joint", self.normalize_delta)
+        cover_weak = field.cover(directions, f"encoder.{weak_name}", self.normalize_delta)
+        owners = np.array([weak_name in owned[k] for k in field.sites], dtype=bool)
+        pool, picks = field.pool, list[Pick]()
+        while len(picks) < count and len(pool):
+            step = pool if size is None else draw(rng, pool, size)
+            for_weak = step[owners[step]]
+            site = cover_weak.best(for_weak) if len(for_weak) else None
+            if site is not None and imbalance.local_ratio(int(field.sites[site]), dominant, weak) > self.theta:
+                cover_weak.add(site)
+                picks.append(Pick(int(field.sites[site]), (weak_name,)))
             else:
-                client = cover_all.best(step)
-                cover_all.add(client)
-                picks.append(situation.everything(client))
-            pool.remove(client)
+                site = cover_all.best(step)
+                cover_all.add(site)
+                picks.append(situation.everything(int(field.sites[site])))
+            pool = pool[pool != site]
         return picks

@@ -19,9 +19,9 @@ class Uniform(Selector):
 
     def select(self, situation: Situation, count: int, rng: np.random.Generator) -> list[Pick]:
         """See `Selector.select`."""
-        pool, picks = list(situation.candidates), []
+        pool, picks = np.array(situation.candidates, dtype=np.int64), []
         for _ in range(min(count, len(pool))):
-            (client,) = draw(rng, pool, 1)
-            pool.remove(client)
+            client = int(draw(rng, pool, 1)[0])
+            pool = pool[pool != client]
             picks.append(situation.everything(client))
         return picks

@@ -1,0 +1,268 @@
+"""Update directions of clients, and the distances between them: what submodular selection decides by.
+
+Three sizes of federation, three costs (K clients, P parameters, per kind of vector):
+
+    K <= 2,000     distances in float64 by differences, kept between rounds             8 K^2 bytes, at most 32 MB
+    K <= 10,000    distances in float32 by the Gram form in float64, kept likewise      4 K^2 bytes, at most 400 MB
+    above          no matrix: the selector computes what it needs from the vectors
+
+A round changes few vectors; only their rows are computed anew, O(changed K P). Vectors are float32 [K, P]. Where they
+would pass `MEMORY`, each is kept as its sketch of `WIDTH` numbers (see `sketch`), and all distances are estimates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from fedmm import seeding
+from fedmm.models.blocks import block_of, is_float
+from fedmm.types import Tensors
+from server.aggregation import Update
+from server.facts import Federates, Knowledge
+
+Matrix: TypeAlias = npt.NDArray[np.floating[Any]]
+
+MEMORY = 2**28
+"""Bytes that the float32 vectors [K, P] of one kind may take (256 MiB); above, they are kept as sketches."""
+
+WIDTH = 256
+"""Numbers of a sketch. An estimated distance has a standard error of about 1 / sqrt(2 WIDTH) = 4.4 % of itself."""
+
+DOUBLE = 2_000
+"""Most clients whose distances are computed by differences and kept in float64."""
+
+STORED = 10_000
+"""Most clients whose distances are kept at all."""
+
+_COORDINATES = 2**16  # of one block of a sketch: bounds what is permuted at a time
+_CHUNK = 2**24  # numbers (64 MB in float32) of the rows that are worked on at a time
+_CLOSE = 1e-6  # squared distance, relative to squared lengths, below which the Gram form has too few digits
+
+
+def sketch(rows: Tensor, width: int, seed: int) -> Tensor:
+    """Random projection of rows [k, P] to [k, width] that preserves distances on average, at O(k P).
+
+    Signs are drawn for all coordinates, the coordinates are permuted and folded onto `width` sums: a count sketch
+    with balanced buckets (Charikar, Chen and Farach-Colton 2002; Weinberger et al., ICML 2009). Squared distances
+    are unbiased with a relative standard deviation of at most sqrt(2 / width). The same seed gives the same
+    projection, whatever the rows. Rows that are short enough are returned as they are.
+
+    Args:
+        rows: Float [k, P].
+        width: Numbers kept a row.
+        seed: Names the projection.
+    """
+    if rows.shape[1] <= width:
+        return rows
+    folded = rows.new_zeros(len(rows), width)
+    for number, start in enumerate(range(0, rows.shape[1], _COORDINATES)):
+        block, rng = rows[:, start : start + _COORDINATES], seeding.numpy_rng(seed, "sketch", number)
+        order = torch.from_numpy(rng.permutation(block.shape[1]))
+        signs = torch.from_numpy(rng.integers(0, 2, block.shape[1]) * 2 - 1).to(rows.dtype)
+        # Piece by piece: a row's sums must not depend on how many rows came with it.
+        for piece in torch.split(block[:, order] * signs, width, dim=1):
+            folded[:, : piece.shape[1]] += piece
+    return folded
+
+
+def unit(vectors: Tensor) -> Tensor:
+    """Rows scaled to length 1; rows of zeros stay."""
+    return vectors / torch.linalg.vector_norm(vectors, dim=1, keepdim=True).clamp(min=1e-12)
+
+
+def distances(
+    vectors: Tensor, normalise: bool = False, rows: Iterable[int] = (), known: Matrix | None = None
+) -> Matrix:
+    """Euclidean distances [K, K] between direction vectors [K, P], exact zeros on the diagonal.
+
+    Args:
+        vectors: One row a client.
+        normalise: Scale rows to unit length first (an option, not the paper's).
+        rows: With `known`: the clients whose vectors changed; only their rows and columns are computed.
+        known: Distances before the change.
+    """
+    v = vectors.to(torch.float64)
+    if normalise:
+        v = unit(v)
+    result = np.zeros((len(v), len(v))) if known is None else known.copy()
+    for i in range(len(v)) if known is None else rows:
+        # Differences instead of the Gram form: nearly equal directions must not come out as noise.
+        row = (v - v[i]).square().sum(1).sqrt().numpy()
+        result[i, :] = result[:, i] = row
+    return result
+
+
+def single_distances(
+    vectors: Tensor, normalise: bool = False, rows: Sequence[int] = (), known: Matrix | None = None
+) -> Matrix:
+    """As `distances`, in float32 and for thousands of clients: `known` itself is brought up to date and returned.
+
+    Computed in float64 by |a|^2 + |b|^2 - 2ab, pairs that are too close for that by differences, so that every
+    entry is right to float32.
+    """
+    count = len(vectors)
+    result = np.empty((count, count), dtype=np.float32) if known is None else known
+    changed = np.arange(count) if known is None else np.asarray(rows, dtype=np.int64)
+    step = max(1, min(512, _CHUNK // max(1, vectors.shape[1])))
+    for block in (changed[i : i + step] for i in range(0, len(changed), step)):
+        # A whole matrix needs its upper triangle alone: the columns before this block were mirrored into place.
+        first = int(block[0]) if known is None else 0
+        a = _doubles(vectors[torch.from_numpy(block)], normalise)
+        for start in range(first, count, step):
+            b = _doubles(vectors[start : start + step], normalise)
+            part = _between(a, b).numpy().astype(np.float32)
+            result[block, start : start + len(b)] = part
+            result[start : start + len(b), block] = part.T
+        # Rows of one block were computed twice against each other: keep the matrix symmetric to the bit.
+        corner = result[np.ix_(block, block)]
+        result[np.ix_(block, block)] = np.minimum(corner, corner.T)
+    return result
+
+
+def _doubles(vectors: Tensor, normalise: bool) -> Tensor:
+    return unit(vectors.to(torch.float64)) if normalise else vectors.to(torch.float64)
+
+
+def _between(a: Tensor, b: Tensor) -> Tensor:
+    """Distances [r, s] between rows a [r, P] and b [s, P] in float64."""
+    lengths = a.square().sum(1, keepdim=True) + b.square().sum(1)
+    squares = lengths - 2 * (a @ b.T)
+    close = (squares < _CLOSE * lengths).nonzero()
+    for pairs in torch.split(close, max(1, _CHUNK // max(1, a.shape[1]))):
+        i, j = pairs.unbind(1)
+        squares[i, j] = (a[i] - b[j]).square().sum(1)
+    return squares.clamp(min=0).sqrt()
+
+
+class Directions(Knowledge):
+    """Last update direction w - w_k of every client, decoupled by modality: the vectors of submodular selection.
+
+    joint [K, P]: all encoder deltas, refreshed when a client trained all its modalities; a lacking modality gives
+    zeros. encoder.<m> [K, P_m]: refreshed in the bootstrap, and then when the client trained m alone (a weak-only
+    pick). whole [K, P']: deltas of all blocks (DivFL's own vectors). Clients that were not picked keep stale vectors.
+    Coordinates are the float tensors of the key's blocks, sorted by name, flattened, one after another; of more than
+    `MEMORY` bytes, their sketch.
+    Source: BMSFed, section "selection"; DivFL (Balakrishnan et al., ICLR 2022).
+    """
+
+    bootstrap = True
+
+    def __init__(self, federates: Federates) -> None:
+        super().__init__(federates)
+        # key, normalise -> the vectors that the distances belong to, the distances, rows that changed since
+        self._distances: dict[tuple[str, bool], tuple[Tensor, Matrix, set[int]]] = {}
+        self._sketched: set[str] = set()
+
+    def learn(self, sent: Tensors, updates: Sequence[Update]) -> None:
+        """Overwrite the vectors that the module's text says."""
+        bootstrap = not self.tensors
+        for key in self.keys():
+            names = self.covered(key, sent)
+            length = sum(sent[n].numel() for n in names)
+            self._vectors(key, length)
+            fresh = [u for u in updates if self.refreshes(key, u.modalities, u.complete, bootstrap)]
+            step = max(1, _CHUNK // max(1, length))
+            for some in (fresh[i : i + step] for i in range(0, len(fresh), step)):
+                rows = torch.stack(
+                    [torch.cat([(sent[n] - u.model.get(n, sent[n])).flatten() for n in names]) for u in some]
+                )
+                self.learn_rows(key, [u.client for u in some], rows)
+
+    def learn_rows(self, key: str, clients: Sequence[int], rows: Tensor) -> None:
+        """Overwrite the vectors of some clients under one key.
+
+        Args:
+            key: One of `keys()`.
+            clients: Whose they are, all different.
+            rows: Differences sent - received [k, P], coordinates as the class's text says (`covered`).
+        """
+        length = rows.shape[1]
+        vectors, sketched = self._vectors(key, length)
+        seed = seeding.derive(0, f"directions/{key}", length)
+        step = max(1, _CHUNK // max(1, length))
+        for start in range(0, len(clients), step):
+            part = rows[start : start + step].to(vectors.dtype)
+            vectors[list(clients[start : start + step])] = sketch(part, WIDTH, seed) if sketched else part
+        for (cached, _), (_, _, stale) in self._distances.items():
+            if cached == key:
+                stale.update(clients)
+
+    def _vectors(self, key: str, length: int) -> tuple[Tensor, bool]:
+        """The key's tensor, made if need be, and whether it holds sketches of vectors of this length."""
+        size, name = len(self.federates.owned), f"direction.{key}"
+        sketched = length > WIDTH and 4 * size * length > MEMORY
+        if name not in self.tensors:
+            self.tensors[name] = torch.zeros(size, WIDTH if sketched else length)
+        if sketched:
+            self._sketched.add(key)
+        return self.tensors[name], sketched
+
+    def keys(self) -> tuple[str, ...]:
+        """Kinds of vectors that are kept."""
+        return ("joint", *[f"encoder.{m}" for m in self.federates.modalities])
+
+    def covered(self, key: str, model: Tensors) -> list[str]:
+        """Float tensors of the model that make up a vector, in the order of its coordinates."""
+        # Sorted: a model that comes from a checkpoint lists its tensors in another order.
+        return sorted(n for n, t in model.items() if is_float(t) and self._covers(key, n))
+
+    @staticmethod
+    def _covers(key: str, name: str) -> bool:
+        block = block_of(name)
+        if key == "joint":
+            return block.startswith("encoder.")
+        return key == "whole" or block == key
+
+    @staticmethod
+    def refreshes(key: str, modalities: Sequence[str], complete: bool, bootstrap: bool) -> bool:
+        """Whether an update overwrites its client's vector.
+
+        Args:
+            key: One of `keys()`.
+            modalities: Trained.
+            complete: These are all that the client owns.
+            bootstrap: The first updates ever (ask before handing over any rows: `not known.tensors`).
+        """
+        if key.startswith("encoder."):
+            return bootstrap or tuple(modalities) == (key.removeprefix("encoder."),)
+        return complete
+
+    def distances(self, key: str, normalise: bool = False) -> Matrix:
+        """Distances [K, K] between `vectors(key)`; rows that did not change since the last call are not recomputed.
+
+        The matrix is for reading. Above 2,000 clients it is the one that the next call brings up to date.
+
+        Raises:
+            ValueError: More than `STORED` clients.
+        """
+        vectors = self.vectors(key)
+        if len(vectors) > STORED:
+            raise ValueError(f"distances between {len(vectors)} clients are not kept; use their vectors")
+        compute = distances if len(vectors) <= DOUBLE else single_distances
+        owner, known, stale = self._distances.pop((key, normalise), (None, None, set[int]()))
+        # Another tensor than before (a restored checkpoint): nothing is known of it.
+        matrix = compute(vectors, normalise, sorted(stale), known if owner is vectors else None)
+        self._distances[key, normalise] = (vectors, matrix, set())
+        return matrix
+
+    def metrics(self) -> dict[tuple[str, str], float]:
+        """Numbers of a sketch, where vectors are kept as such."""
+        return {("fused", "direction_sketch"): float(WIDTH)} if self._sketched else {}
+
+    def vectors(self, key: str) -> Tensor:
+        """Vectors [K, P] (or their sketches) of "joint", "whole" or "encoder.<m>"."""
+        return self.tensors[f"direction.{key}"]
+
+
+class WholeDirections(Directions):
+    """Last update direction of every client over all blocks: DivFL's vectors."""
+
+    def keys(self) -> tuple[str, ...]:
+        """All blocks together."""
+        return ("whole",)

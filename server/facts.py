@@ -1,0 +1,52 @@
+"""The facts of a federation, and the base of all knowledge that a server gathers about it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from fedmm.types import Tensors
+from server.aggregation import Update
+
+
+@dataclass(frozen=True)
+class Federates:
+    """Facts about the federation that knowledge and selection need.
+
+    Attributes:
+        modalities: Of the model, in slot order.
+        owned: Modalities that each client owns, [K].
+        samples: Training samples of each client, [K].
+    """
+
+    modalities: tuple[str, ...]
+    owned: tuple[tuple[str, ...], ...]
+    samples: tuple[int, ...]
+
+
+class Knowledge:
+    """Base of all kinds of knowledge.
+
+    Class attributes:
+        requests: Statistics wanted with each update.
+        bootstrap: All clients must be asked once before the first round.
+    """
+
+    requests: ClassVar[frozenset[str]] = frozenset()
+    bootstrap: ClassVar[bool] = False
+
+    def __init__(self, federates: Federates) -> None:
+        self.federates = federates
+        self.tensors: Tensors = {}
+
+    def broadcast(self) -> Tensors:
+        """What is sent to clients with the model."""
+        return {}
+
+    def learn(self, sent: Tensors, updates: Sequence[Update]) -> None:
+        """Take in a round's admitted updates, sorted by client. `sent` is the model that they started from."""
+
+    def metrics(self) -> dict[tuple[str, str], float]:
+        """(modality or "fused", metric) -> value, for the round's record."""
+        return {}
