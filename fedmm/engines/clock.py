@@ -188,7 +188,7 @@ def deserted(now_s: float) -> RunError:
     return RunError(
         "no device will ever be ready again",
         where=f"simulated second {now_s:.0f}",
-        remedy="give traces a period_s, batteries a recharge_w, or train.rounds a smaller number",
+        remedy="give traces a period_s, and batteries a recharge_w and an availability with gaps to charge in",
     )
 
 

@@ -58,7 +58,7 @@ def training_flops(model: MultimodalModel, specs: Mapping[str, ModalitySpec], mo
     """
     counter = FlopCounterMode(display=False)
     with _evaluating(model), torch.no_grad(), counter:
-        model(*_sample(specs, modalities))
+        model(*_sample(model, specs, modalities))
     return TRAINING_FACTOR * counter.get_total_flops()
 
 
@@ -93,7 +93,7 @@ def training_memory(
         return tensor
 
     with _evaluating(model), torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-        output = model(*_sample(specs, modalities))
+        output = model(*_sample(model, specs, modalities))
     for tensor in model.state_dict().values():
         kept.pop(tensor.untyped_storage().data_ptr(), None)
     # What is kept is the storage: all of it, even for a view of a part, and once for a tensor expanded from it.
@@ -113,10 +113,13 @@ def _bytes(tensor: Tensor, numbers: int, precision: Precision) -> int:
     return numbers * (BYTES[precision] if tensor.is_floating_point() else tensor.element_size())
 
 
-def _sample(specs: Mapping[str, ModalitySpec], modalities: Sequence[str]) -> tuple[Tensors, Tensors]:
-    """One sample with the given modalities, in slot order."""
-    names = [m for m in specs if m in modalities]
-    return {m: torch.zeros(1, *specs[m].shape) for m in names}, {m: torch.ones(1, dtype=torch.bool) for m in names}
+def _sample(
+    model: MultimodalModel, specs: Mapping[str, ModalitySpec], modalities: Sequence[str]
+) -> tuple[Tensors, Tensors]:
+    """One sample with the given modalities, in slot order, where the model is."""
+    names, device = [m for m in specs if m in modalities], next(model.parameters()).device
+    x = {m: torch.zeros(1, *specs[m].shape, device=device) for m in names}
+    return x, {m: torch.ones(1, dtype=torch.bool, device=device) for m in names}
 
 
 @contextmanager

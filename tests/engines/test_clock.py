@@ -248,6 +248,29 @@ def test_with_a_buffer_of_one_staleness_counts_the_others_updates():
     assert got == [(1, 0)] * 9 + [(0, 9), (1, 1)]
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_the_queue_agrees_with_a_walk_through_every_second(seed):
+    durations = np.random.default_rng(seed).integers(1, 9, 6).tolist()
+    size, versions = 4, 60
+    version, began, buffer, expected = 0, dict.fromkeys(range(6), (0, 0)), [], []
+    for now in range(1, 1000):
+        for k, seconds in enumerate(durations):
+            start, since = began[k]
+            if now - start < seconds:
+                continue
+            buffer.append((k, since, version - since))
+            if len(buffer) == size:
+                version += 1
+                expected.append((version, now, buffer))
+                buffer = []
+            began[k] = (now, version)
+    run = buffered(durations, size=size, concurrency=6)
+    got = [
+        (a.version, a.at_s, [(e.client, e.start_version, e.staleness) for e in a.entries]) for a in steps(run, versions)
+    ]
+    assert got == [(v, pytest.approx(at), entries) for v, at, entries in expected[:versions]]
+
+
 def test_weights_of_stale_updates():
     def weights(**config):
         return [staleness_weight(tau, BufferConfig(**config)) for tau in (0, 3, 4, 6)]
