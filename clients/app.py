@@ -14,8 +14,10 @@ import torch
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
-from clients import trainer
+from clients.cohort import Member
+from clients.crew import train_together
 from clients.faults import data_root, faults_mod
+from clients.trainer import LocalSchedule
 from clients.workspace import Workspace, workspace
 from fedmm.metrics.local import STATISTICS, evaluate
 from fedmm.types import Tensors
@@ -56,7 +58,7 @@ def hello(message: Message, context: Context) -> Message:
 def statistics(message: Message, context: Context) -> Message:
     """Sums and counts of the sent model on one split."""
     task, here = _open(message, context)
-    model = here.load(message.content.array_records["model"])
+    model = here.load(here.decode(message.content.array_records["model"]))
     data = here.data(task.client, task.split)
     report: Tensors = {}
     for name in task.requests:
@@ -67,52 +69,38 @@ def statistics(message: Message, context: Context) -> Message:
 
 @app.train(mods=[faults_mod])
 def train(message: Message, context: Context) -> Message:
-    """Train locally and return the trained blocks with the statistics that the server asked for.
-
-    In the bootstrap (round 0) prototypes and confidences describe the model as received, as there is no trained
-    model yet; afterwards they describe the client's own, trained model (CMSFed) except for the confidence, which
-    always judges the received one (FedCMI).
-    """
+    """Train locally and return the trained blocks with the statistics that the server asked for."""
     task, here = _open(message, context)
-    model = here.load(message.content.array_records["model"])
-    data = here.data(task.client, "train")
     settings = here.config.train
-    report: Tensors = {}
-    before = [n for n in task.requests if n == "confidence" or task.round == 0]
-    for name in before:
-        report |= STATISTICS[name](model, data)
-    result = trainer.train(
-        model,
-        here.objective,
-        data,
-        task.modalities,
+    schedule = LocalSchedule(
+        task.epochs, settings.batch_size, task.lr, settings.momentum, settings.weight_decay, settings.clip
+    )
+    outcome = train_together(
+        here,
+        here.decode(message.content.array_records["model"]),
         _broadcast(message, task),
-        trainer.LocalSchedule(
-            task.epochs,
-            settings.batch_size,
-            task.lr,
-            settings.momentum,
-            settings.weight_decay,
-            settings.clip,
-        ),
-        here.config.seed,
+        [Member(task.client, schedule)],
+        task.modalities,
+        task.round,
+        task.requests,
+    )
+    header = ReplyHeader(
         task.round,
         task.client,
+        len(here.data(task.client, "train")),
+        loss=float(outcome.loss[0]),
+        steps=int(outcome.steps[0]),
+        modalities=task.modalities,
     )
-    for name in task.requests:
-        if name not in before:
-            report |= STATISTICS[name](model, data)
-    header = ReplyHeader(
-        task.round, task.client, len(data), loss=result.loss, steps=result.steps, modalities=task.modalities
-    )
-    return Message(reply_content(header, report | result.report, result.model), reply_to=message)
+    report = {n: t[0] for n, t in outcome.report.items()}
+    return Message(reply_content(header, report, {n: t[0] for n, t in outcome.model.items()}), reply_to=message)
 
 
 @app.evaluate()
 def judge(message: Message, context: Context) -> Message:
     """Measure the sent model on the client's validation or test split."""
     task, here = _open(message, context)
-    model = here.load(message.content.array_records["model"])
+    model = here.load(here.decode(message.content.array_records["model"]))
     data = here.data(task.client, task.split)
     report = evaluate(model, data, _broadcast(message, task)) if len(data) else {}
     header = ReplyHeader(task.round, task.client, len(data), modalities=data.modalities)

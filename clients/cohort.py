@@ -272,9 +272,7 @@ def _batch(
     index, here = rows[:active, step, :width], real[:active, step, :width]
     at = index + starts.unsqueeze(1)
     present = {m: here if m in pool.complete else pool.present[m][at] & here for m in modalities}
-    return Batch(
-        {m: pool.x[m][at] for m in modalities}, present, pool.y[at], index, shares[:active, step, :width]
-    )
+    return Batch({m: pool.x[m][at] for m in modalities}, present, pool.y[at], index, shares[:active, step, :width])
 
 
 def _whole(pool: Pool, starts: Tensor, samples: Counts, modalities: Sequence[str]) -> ClientData:
@@ -291,9 +289,7 @@ def _whole(pool: Pool, starts: Tensor, samples: Counts, modalities: Sequence[str
     )
 
 
-def _noise(
-    stack: Stack, objective: Objective, parameters: Tensors, generators: Sequence[torch.Generator]
-) -> Tensors:
+def _noise(stack: Stack, objective: Objective, parameters: Tensors, generators: Sequence[torch.Generator]) -> Tensors:
     """Each client's own noise, drawn in the plain layout as if it trained alone."""
     shapes = {n: stack.plain(n, p.detach())[0] for n, p in parameters.items()}
     draws = [objective.noise(shapes, g) for g in generators]
@@ -366,7 +362,7 @@ class _StackedSGD:
             torch._foreach_add_([w[i] for i in old], [update[i] for i in old], alpha=-lr)
 
     def _accelerate(self, names: Sequence[str], update: list[Tensor], momentum: float) -> list[Tensor]:
-        """v <- momentum v + g; the first gradient becomes v itself."""
+        """V <- momentum v + g; the first gradient becomes v itself."""
         known = [i for i, n in enumerate(names) if n in self._v]
         if known:
             v = [self._v[names[i]][: self._active] for i in known]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType
 
@@ -72,18 +72,26 @@ _SPOIL: Mapping[str, Callable[[Reply], Reply]] = MappingProxyType(
 )
 
 
-def _applies(fault: FaultConfig, task: Task) -> bool:
-    return (
-        (fault.clients is None or task.client in fault.clients)
-        and (fault.rounds is None or task.round in fault.rounds)
-        and task.attempt < fault.attempts
-    )
+def planned_faults(faults: Sequence[FaultConfig], client: int, round: int, attempt: int) -> list[FaultConfig]:
+    """Those of a run's planned faults that hit a client's answer."""
+    return [
+        f
+        for f in faults
+        if (f.clients is None or client in f.clients)
+        and (f.rounds is None or round in f.rounds)
+        and attempt < f.attempts
+    ]
+
+
+def spoil(fault: FaultConfig, reply: Reply) -> Reply:
+    """A reply as the fault leaves it."""
+    return _SPOIL[fault.kind](reply)
 
 
 def faults_mod(message: Message, context: Context, call_next: Handler) -> Message:
     """Apply the specification's planned faults to train messages; without any, do nothing."""
     task = read_task(message)
-    planned = [f for f in workspace_faults(task, context) if _applies(f, task)]
+    planned = planned_faults(workspace_faults(task, context), task.client, task.round, task.attempt)
     for fault in planned:
         if fault.kind == "raise":
             raise RuntimeError(f"planned fault of client {task.client} in round {task.round}")
@@ -91,8 +99,7 @@ def faults_mod(message: Message, context: Context, call_next: Handler) -> Messag
             os.kill(os.getpid(), signal.SIGKILL)
     reply = call_next(message, context)
     for fault in planned:
-        spoilt = _SPOIL[fault.kind](read_reply(reply))
-        reply = Message(reply_content(*spoilt), reply_to=message)
+        reply = Message(reply_content(*spoil(fault, read_reply(reply))), reply_to=message)
     return reply
 
 

@@ -174,6 +174,7 @@ class TrainConfig(Section):
     Attributes:
         lr_schedule: "constant", or "paper": lr until `lr_hold` rounds, then lr - (lr - lr_min) t / rounds.
         clip: Clip the global gradient norm of each local step (null: off).
+        precision: Of weights and data.
     """
 
     rounds: PositiveInt = 40
@@ -187,6 +188,7 @@ class TrainConfig(Section):
     lr_hold: PositiveInt = 80
     lr_min: float = Field(default=1e-4, ge=0)
     clip: PositiveFloat | None = None
+    precision: Literal["float32", "float64"] = "float32"
 
 
 class EvaluateConfig(Section):
@@ -228,10 +230,26 @@ class PolicyConfig(Section):
 
 
 class EngineConfig(Section):
-    """Where clients run: inproc (this process), ray (persistent Ray workers), flower (Flower's own runtime)."""
+    """Where clients run: inproc (this process), ray (persistent Ray workers), flower (Flower's own runtime).
+
+    Attributes:
+        workers: Processes of ray and of Flower's simulation.
+        cohort: Clients that train as one stacked computation: "on", "off" (one by one), or "auto": what a short probe
+            at the start finds faster. Both give the same weights to float tolerance.
+        cohort_size: Largest number of clients in a stack, a power of two.
+    """
 
     name: Literal["inproc", "ray", "flower"] = "inproc"
     workers: PositiveInt = 2
+    cohort: Literal["auto", "on", "off"] = "auto"
+    cohort_size: PositiveInt = 16
+
+    @field_validator("cohort_size")
+    @classmethod
+    def _power_of_two(cls, value: int) -> int:
+        if value & (value - 1):
+            raise ValueError(f"cohort_size is {value}; use a power of two, such as {1 << value.bit_length() - 1}")
+        return value
 
 
 class CheckpointConfig(Section):

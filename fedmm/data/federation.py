@@ -52,11 +52,10 @@ class Pool:
             self.classes,
         )
 
-    def to(self, device: torch.device) -> Pool:
-        """The same samples on another device."""
-        move = {"x": self.x, "present": self.present}
-        moved = {name: {m: t.to(device) for m, t in part.items()} for name, part in move.items()}
-        return replace(self, y=self.y.to(device), **moved)
+    def to(self, device: torch.device, dtype: torch.dtype) -> Pool:
+        """The same samples on another device, in another precision."""
+        x = {m: t.to(device, dtype) for m, t in self.x.items()}
+        return replace(self, x=x, present={m: t.to(device) for m, t in self.present.items()}, y=self.y.to(device))
 
 
 @dataclass(frozen=True)

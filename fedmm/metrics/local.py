@@ -60,8 +60,8 @@ def prototypes(model: MultimodalModel, data: ClientData) -> Tensors:
 
     Returns:
         For each owned modality m: "prototype_sum.m" [..., C, d], "prototype_count.m" [..., C], "hits.m" and
-        "shown.m" [...]: samples classified right by the client's own nearest prototype, and samples that have m. Source:
-        BMSFed, imbalance ratio b_k = acc_1 / acc_2.
+        "shown.m" [...]: samples classified right by the client's own nearest prototype, and samples that have m.
+        Source: BMSFed, imbalance ratio b_k = acc_1 / acc_2.
     """
     features = predict(model, data).features
     report: Tensors = {}
@@ -126,9 +126,14 @@ def solve_probe(gram: Tensor, cross: Tensor, ridge: float = 1e-3) -> Tensor:
     return weights
 
 
-@torch.no_grad()
 def evaluate(model: MultimodalModel, data: ClientData, probes: Tensors) -> Tensors:
-    """Confusion counts and feature statistics of one split; merge over clients by adding.
+    """`evaluate_samples` without the losses of single samples."""
+    return evaluate_samples(model, data, probes)[0]
+
+
+@torch.no_grad()
+def evaluate_samples(model: MultimodalModel, data: ClientData, probes: Tensors) -> tuple[Tensors, Tensor]:
+    """Confusion counts and feature statistics of one split, which merge over clients by adding; losses of samples.
 
     Args:
         model: The global model.
@@ -138,12 +143,14 @@ def evaluate(model: MultimodalModel, data: ClientData, probes: Tensors) -> Tenso
     Returns:
         "confusion" [C, C] (rows: truth) of the fused prediction, "loss" (sum of cross-entropies), "count"; for each
         modality "masked.m" (fused prediction with all others absent), "head.m" (own head, if any), "probe.m" (if
-        given), each [C, C], and "feature_sum.m", "feature_square.m" [d], "feature_count.m" (all float64).
+        given), each [C, C], and "feature_sum.m", "feature_square.m" [d], "feature_count.m" (all float64). Beside it
+        the cross-entropy of every sample, float64 [N].
     """
     out = predict(model, data)
+    losses = F.cross_entropy(out.logits.to(torch.float64), data.y, reduction="none")
     report = {
         "confusion": confusion(out.logits, data.y, data.classes),
-        "loss": F.cross_entropy(out.logits.to(torch.float64), data.y, reduction="sum"),
+        "loss": losses.sum(),
         "count": torch.tensor(float(len(data)), dtype=torch.float64),
     }
     training = model.training
@@ -162,7 +169,7 @@ def evaluate(model: MultimodalModel, data: ClientData, probes: Tensors) -> Tenso
         report[f"feature_sum.{m}"], report[f"feature_square.{m}"] = shown.sum(0), shown.square().sum(0)
         report[f"feature_count.{m}"] = here.sum().to(torch.float64)
     model.train(training)
-    return report
+    return report, losses
 
 
 def confusion(scores: Tensor, y: Tensor, classes: int) -> Tensor:

@@ -30,13 +30,28 @@ class Unstackable(Exception):
     """Why a model, or an objective, cannot train as a stack."""
 
 
-class Linear(nn.Module):
+class _Layer(nn.Module):
+    """A layer whose parameters are bound later."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_parameter("weight", None)
+        self.register_parameter("bias", None)
+
+    @property
+    def affine(self) -> bool:
+        """Whether there are parameters."""
+        return self._parameters["weight"] is not None
+
+
+class Linear(_Layer):
     """x W + b for each client."""
 
     def __init__(self, layer: nn.Linear) -> None:
         super().__init__()
-        self.register_parameter("weight", None)
-        self.register_parameter("bias", None)
 
     def forward(self, x: Tensor) -> Tensor:
         """[K, ..., in] -> [K, ..., out]."""
@@ -45,7 +60,7 @@ class Linear(nn.Module):
         return out if x.dim() == 3 else out.view(*x.shape[:-1], out.shape[-1])
 
 
-class Conv2d(nn.Module):
+class Conv2d(_Layer):
     """Each client's convolution, as groups of one."""
 
     def __init__(self, layer: nn.Conv2d) -> None:
@@ -53,8 +68,6 @@ class Conv2d(nn.Module):
         if layer.groups != 1 or layer.padding_mode != "zeros":
             raise Unstackable("grouped convolutions and padding other than zeros have no stacked form")
         self.stride, self.padding, self.dilation = layer.stride, layer.padding, layer.dilation
-        self.register_parameter("weight", None)
-        self.register_parameter("bias", None)
 
     def forward(self, x: Tensor) -> Tensor:
         """[K, B, I, H, W] -> [K, B, O, H', W']."""
@@ -66,38 +79,35 @@ class Conv2d(nn.Module):
         )
 
 
-class GroupNorm(nn.Module):
+class GroupNorm(_Layer):
     """Group normalisation of each sample, with each client's scale and shift."""
 
     def __init__(self, layer: nn.GroupNorm) -> None:
         super().__init__()
         self.groups, self.eps = layer.num_groups, layer.eps
-        self.register_parameter("weight", None)
-        self.register_parameter("bias", None)
 
     def forward(self, x: Tensor) -> Tensor:
         """[K, B, C, ...] -> the same shape."""
         clients = x.shape[0]
         y = _spread(F.group_norm(_merge(x), clients * self.groups, eps=self.eps), clients)
-        if self.weight is None:
+        if not self.affine:
             return y
         shape = (clients, 1, -1, *[1] * (x.dim() - 3))
+        assert self.bias is not None
         return y * self.weight.view(shape) + self.bias.view(shape)
 
 
-class LayerNorm(nn.Module):
+class LayerNorm(_Layer):
     """Layer normalisation over the last axes, with each client's scale and shift, if any."""
 
     def __init__(self, layer: nn.LayerNorm) -> None:
         super().__init__()
         self.shape, self.eps = layer.normalized_shape, layer.eps
-        self.register_parameter("weight", None)
-        self.register_parameter("bias", None)
 
     def forward(self, x: Tensor) -> Tensor:
         """[K, ..., *shape] -> the same shape."""
         y = F.layer_norm(x, self.shape, eps=self.eps)
-        if self.weight is None:
+        if not self.affine:
             return y
         shape = (x.shape[0], *[1] * (x.dim() - 1 - len(self.shape)), *self.shape)
         y = y * self.weight.view(shape)

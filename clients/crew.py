@@ -1,0 +1,341 @@
+"""Many clients in one process: the jobs that engines on one machine hand out instead of messages.
+
+A job's clients train as stacks where that pays and one by one where it does not, and their weighted models are added
+up where they arise, over the fixed tree of `fedmm.trees`. What a job gives depends on the job and the data alone.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from clients.cohort import Member, Meter, train_stack
+from clients.faults import planned_faults, spoil
+from clients.trainer import LocalSchedule, train
+from clients.workspace import Workspace, workspace
+from fedmm.data.partition import class_counts
+from fedmm.jobs import Group, Hello, Measure, Measured, Shared, Single, Train, Trained, arrays, tensors
+from fedmm.metrics.local import STATISTICS, evaluate_samples
+from fedmm.models.blocks import blocks_of, is_float
+from fedmm.trees import add_named, tree_sum, tree_sum_rows
+from fedmm.types import SPLITS, ClientData, Tensors
+from fedmm.wire import ReplyHeader
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What clients that trained together give; every tensor has one row a client, in the plain layout.
+
+    Attributes:
+        model: Trained tensors.
+        report: Statistics and the objective's report.
+        loss: float64 [g].
+        steps: int64 [g].
+    """
+
+    model: Tensors
+    report: Tensors
+    loss: Tensor
+    steps: Tensor
+
+
+def train_together(
+    here: Workspace,
+    received: Tensors,
+    broadcast: Tensors,
+    members: Sequence[Member],
+    modalities: Sequence[str],
+    round: int,
+    requests: Sequence[str],
+    meter: Meter | None = None,
+) -> Outcome:
+    """Train clients that own and train the same modalities; several only if the workspace has a stack.
+
+    In the bootstrap (round 0) prototypes and confidences describe the model as received, as there is no trained
+    model yet; afterwards they describe the client's own, trained model (CMSFed) except for the confidence, which
+    always judges the received one (FedCMI).
+    """
+    if here.stack is not None:
+        result = train_stack(
+            here.stack,
+            received,
+            here.objective,
+            here.pool("train"),
+            members,
+            modalities,
+            broadcast,
+            here.config.seed,
+            round,
+            requests,
+            meter,
+        )
+        model = {n: here.stack.plain(n, t) for n, t in result.model.items()}
+        return Outcome(model, result.report, result.loss, result.steps)
+    (member,) = members
+    return _train_alone(here, received, broadcast, member, modalities, round, requests, meter or Meter())
+
+
+def _train_alone(
+    here: Workspace,
+    received: Tensors,
+    broadcast: Tensors,
+    member: Member,
+    modalities: Sequence[str],
+    round: int,
+    requests: Sequence[str],
+    meter: Meter,
+) -> Outcome:
+    model, data = here.load(received), here.data(member.client, "train")
+    report: Tensors = {}
+    early = [n for n in requests if n == "confidence" or round == 0]
+    for name in early:
+        report |= STATISTICS[name](model, data)
+    with meter.running():
+        result = train(
+            model,
+            here.objective,
+            data,
+            modalities,
+            broadcast,
+            member.schedule,
+            here.config.seed,
+            round,
+            member.client,
+        )
+    for name in requests:
+        if name not in early:
+            report |= STATISTICS[name](model, data)
+    report |= result.report
+    return Outcome(
+        {n: t.unsqueeze(0) for n, t in result.model.items()},
+        {n: t.unsqueeze(0) for n, t in report.items()},
+        torch.tensor([result.loss], dtype=torch.float64),
+        torch.tensor([result.steps]),
+    )
+
+
+def work(job: Any, shared: Shared) -> Any:
+    """Do one job; its type says what."""
+    # One thread: many clients share the machine, and sums must not depend on how many cores it has.
+    if torch.get_num_threads() != 1:
+        torch.set_num_threads(1)
+    return _WORK[type(job)](job, shared, workspace(shared.spec, None, shared.home))
+
+
+@dataclass
+class _Received:
+    shared: Shared | None = None
+    model: Tensors = field(default_factory=dict)
+    broadcast: Tensors = field(default_factory=dict)
+
+
+_received = _Received()
+
+
+def _receive(shared: Shared, here: Workspace) -> tuple[Tensors, Tensors]:
+    """The round's tensors, made once a round and process."""
+    if _received.shared is not shared:
+        _received.shared = shared
+        _received.model = {n: t.to(here.device) for n, t in tensors(shared.model).items()}
+        _received.broadcast = {n: t.to(here.device) for n, t in tensors(shared.broadcast).items()}
+    return _received.model, _received.broadcast
+
+
+# -- training -----------------------------------------------------------------------------------------------------
+
+
+class _NotFiniteError(Exception):
+    """A sum has values that are not finite: some client's model must have them."""
+
+
+def _train(job: Train, shared: Shared, here: Workspace) -> Trained:
+    faulty = {k for k in job.clients if planned_faults(here.config.faults, k, job.round, job.attempt)}
+    for k in job.clients:
+        if any(f.kind == "kill" for f in planned_faults(here.config.faults, k, job.round, job.attempt)):
+            os.kill(os.getpid(), signal.SIGKILL)
+    if faulty:
+        job = replace(job, each=True)
+    try:
+        return _Crew(job, here, *_receive(shared, here)).run()
+    except _NotFiniteError:
+        return _Crew(replace(job, each=True), here, *_receive(shared, here)).run()
+
+
+class _Crew:
+    """One job: recursion over the tree of its places, a stack or a single client at the leaves."""
+
+    def __init__(self, job: Train, here: Workspace, model: Tensors, broadcast: Tensors) -> None:
+        self._job, self._here, self._model, self._broadcast = job, here, model, broadcast
+        self._groups: list[Group] = []
+        self._singles: list[Single] = []
+        self._meter = Meter()
+        t = here.config.train
+        self._schedule = LocalSchedule(job.epochs, t.batch_size, job.lr, t.momentum, t.weight_decay, t.clip)
+        self._leaf = job.cohort if here.stack is not None else 1
+
+    def run(self) -> Trained:
+        """Do the job."""
+        with torch.no_grad():
+            sums = self._node(*self._job.run)
+        singles = tuple(sorted(self._singles, key=lambda s: s.place))
+        return Trained(arrays(sums or {}), tuple(self._groups), singles, self._meter.seconds)
+
+    def _node(self, start: int, span: int) -> Tensors | None:
+        inside = [i for i, place in enumerate(self._job.places) if start <= place < start + span]
+        if not inside:
+            return None
+        if span > self._leaf:
+            return add_named(self._node(start, span // 2), self._node(start + span // 2, span // 2))
+        kinds: dict[tuple[tuple[str, ...], tuple[str, ...]], list[int]] = {}
+        owned = self._here.pool("train").owned
+        for i in inside:
+            kinds.setdefault((owned[self._job.clients[i]], self._job.modalities[i]), []).append(i)
+        parts = [(members, self._train(members, modalities)) for (_, modalities), members in kinds.items()]
+        return None if self._job.each else self._sum(start, span, parts)
+
+    def _train(self, which: Sequence[int], modalities: tuple[str, ...]) -> Outcome:
+        job = self._job
+        members = [Member(job.clients[i], self._schedule) for i in which]
+        with torch.enable_grad():
+            outcome = train_together(
+                self._here,
+                self._model,
+                self._broadcast,
+                members,
+                modalities,
+                job.round,
+                job.requests,
+                self._meter,
+            )
+        places = tuple(job.places[i] for i in which)
+        if job.each:
+            self._singles += [
+                self._single(places[row], members[row].client, modalities, outcome, row) for row in range(len(which))
+            ]
+        else:
+            deltas: Tensors = {}
+            if job.deltas is not None:
+                deltas = {
+                    n: (self._model[n] - t).flatten(1).to(torch.float32)
+                    for n, t in outcome.model.items()
+                    if n.startswith(job.deltas) and is_float(t)
+                }
+            self._groups.append(
+                Group(
+                    places,
+                    outcome.loss.numpy(),
+                    outcome.steps.numpy(),
+                    arrays(outcome.report),
+                    arrays(deltas),
+                    blocks_of(outcome.model),
+                )
+            )
+        return outcome
+
+    def _single(self, place: int, client: int, modalities: tuple[str, ...], outcome: Outcome, row: int) -> Single:
+        samples = int(self._here.pool("train").sizes[client])
+        header = ReplyHeader(
+            self._job.round,
+            client,
+            samples,
+            float(outcome.loss[row]),
+            int(outcome.steps[row]),
+            modalities,
+        )
+        reply = header, {n: t[row] for n, t in outcome.report.items()}, {n: t[row] for n, t in outcome.model.items()}
+        for fault in planned_faults(self._here.config.faults, client, self._job.round, self._job.attempt):
+            if fault.kind == "raise":
+                return Single(place, None, error=f"planned fault of client {client} in round {self._job.round}")
+            reply = spoil(fault, reply)
+        # Copies: the rows share memory with the whole stack.
+        report, model = ({n: a.copy() for n, a in arrays(part).items()} for part in reply[1:])
+        return Single(place, reply[0], report, model)
+
+    def _sum(self, start: int, span: int, parts: Sequence[tuple[Sequence[int], Outcome]]) -> Tensors:
+        """The node of a run, from its groups; checks that everything is finite.
+
+        A sum over clients is finite only if every term is, so that one look at the sum admits them all.
+        """
+        job, sums = self._job, dict[str, Tensor]()
+        weights = torch.tensor(job.weights, dtype=torch.float64, device=self._here.device)
+        for name in dict.fromkeys(n for _, outcome in parts for n in outcome.model):
+            holders = [(which, outcome.model[name]) for which, outcome in parts if name in outcome.model]
+            which, rows = holders[0]
+            if len(holders) == 1 and [job.places[i] for i in which] == list(range(start, start + len(which))):
+                sums[name] = tree_sum_rows(rows, weights[which[0] : which[0] + len(which)])
+            else:
+                terms: list[Tensor | None] = [None] * span
+                for which, rows in holders:
+                    for row, i in zip(rows, which, strict=True):
+                        terms[job.places[i] - start] = row.to(torch.float64) * weights[i]
+                total = tree_sum(terms)
+                assert total is not None
+                sums[name] = total
+        reports = [t for _, outcome in parts for t in outcome.report.values()]
+        if not all(bool(torch.isfinite(t).all()) for t in [*sums.values(), *reports]):
+            raise _NotFiniteError
+        return sums
+
+
+# -- measuring ----------------------------------------------------------------------------------------------------
+
+
+def _measure(job: Measure, shared: Shared, here: Workspace) -> Measured:
+    """Sums over the samples of a run of clients: the model is the same for all, so one pass does."""
+    received, probes = _receive(shared, here)
+    model, data = here.load(received), _together(here, job)
+    if job.request is not None:
+        return Measured(arrays(STATISTICS[job.request](model, data)))
+    pool = here.pool(job.split)
+    report, losses = evaluate_samples(model, data, probes)
+    sizes = pool.sizes[job.first : job.last]
+    home = torch.as_tensor(np.repeat(np.arange(len(sizes)), sizes), device=losses.device)
+    per_client = torch.zeros(len(sizes), dtype=torch.float64, device=losses.device).index_add_(0, home, losses)
+    return Measured(arrays(report), per_client.cpu().numpy())
+
+
+def _together(here: Workspace, job: Measure) -> ClientData:
+    """All samples of a run of clients as one; what a client does not own is absent."""
+    pool = here.pool(job.split)
+    rows = slice(int(pool.starts[job.first]), int(pool.starts[job.last - 1] + pool.sizes[job.last - 1]))
+    owned, sizes = pool.owned[job.first : job.last], pool.sizes[job.first : job.last]
+    x, present = {}, {}
+    for m in pool.x:
+        owner = np.array([m in names for names in owned])
+        if not owner[sizes > 0].any():
+            continue
+        x[m], present[m] = pool.x[m][rows], pool.present[m][rows]
+        if not owner.all():
+            present[m] = present[m] & torch.as_tensor(np.repeat(owner, sizes), device=present[m].device)
+    return ClientData(x, present, pool.y[rows], pool.classes)
+
+
+def _hello(job: Hello, shared: Shared, here: Workspace) -> tuple[ReplyHeader, ...]:
+    """What every client says of itself."""
+    federation = here.federation
+    counts = {
+        s: class_counts(here.dataset.y, federation.indices[s], len(here.dataset.classes)).tolist() for s in SPLITS
+    }
+    return tuple(
+        ReplyHeader(
+            0,
+            k,
+            sum(counts["train"][k]),
+            modalities=federation.modalities(k, "train"),
+            info={"class_counts": {s: counts[s][k] for s in SPLITS}},
+        )
+        for k in range(len(federation))
+    )
+
+
+_WORK: Mapping[type, Callable[[Any, Shared, Workspace], Any]] = MappingProxyType(
+    {Hello: _hello, Train: _train, Measure: _measure}
+)

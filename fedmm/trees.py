@@ -1,0 +1,76 @@
+"""One fixed order of addition: sums over clients run over a binary tree of their places.
+
+A node covers an aligned run of places; whoever adds up a run, in whatever process, gets the same bits. None stands
+for a place without a term, and costs nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from fedmm.types import Tensors
+
+Run = tuple[int, int]
+"""First place of an aligned run, and its length, a power of two."""
+
+
+def tree_sum(terms: Sequence[Tensor | None]) -> Tensor | None:
+    """Sum over a fixed binary tree of places (neighbours first); None stands for zero.
+
+    Args:
+        terms: One entry a place.
+    """
+    level = list(terms)
+    while len(level) > 1:
+        level = [_add(level[i], level[i + 1] if i + 1 < len(level) else None) for i in range(0, len(level), 2)]
+    return level[0] if level else None
+
+
+def tree_sum_rows(rows: Tensor, weights: Tensor) -> Tensor:
+    """`tree_sum` of rows times weights, float64, for places that all have a term.
+
+    Args:
+        rows: [K, *shape], any float type.
+        weights: float64 [K].
+
+    Returns:
+        float64 [*shape].
+    """
+    level = rows.to(torch.float64) * weights.reshape(-1, *[1] * (rows.dim() - 1))
+    while len(level) > 1:
+        pairs = len(level) // 2
+        above = level[0 : 2 * pairs : 2] + level[1 : 2 * pairs : 2]
+        level = torch.cat([above, level[2 * pairs :]]) if len(level) % 2 else above
+    return level[0]
+
+
+def add_named(a: Tensors | None, b: Tensors | None) -> Tensors | None:
+    """The node above two nodes: tensor by tensor; a tensor that only one has passes through."""
+    if a is None or b is None:
+        return b if a is None else a
+    return {n: t if n not in b else t + b[n] for n, t in a.items()} | {n: t for n, t in b.items() if n not in a}
+
+
+def combine(nodes: Mapping[Run, Tensors], places: int) -> Tensors:
+    """The root of a tree over `places` places, from nodes of disjoint aligned runs; what no node covers is zero."""
+    span = 1
+    while span < places:
+        span *= 2
+
+    def node(start: int, span: int) -> Tensors | None:
+        if (start, span) in nodes:
+            return nodes[start, span]
+        if span == 1 or start >= places:
+            return None
+        return add_named(node(start, span // 2), node(start + span // 2, span // 2))
+
+    return node(0, span) or {}
+
+
+def _add(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    if a is None or b is None:
+        return b if a is None else a
+    return a + b
