@@ -1,0 +1,267 @@
+"""On a GPU: clients trained as one stack against clients one by one. `python -m experiments.bench --gpu`.
+
+Three kinds of model: the small dense one, the small convolutional one, and a pair of ResNet-18. For each, the time of
+a round (all clients, all steps, data already on the card) against the number of clients, the memory that the stack
+takes, and from its growth how many clients would fit.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+
+from clients.cohort import Member, train_stack
+from clients.trainer import LocalSchedule, batches
+from experiments.bench import machine
+from experiments.bench.figures import distance, number, spread
+from experiments.bench.output import show
+from experiments.bench.tables import Table
+from experiments.bench.workloads import CLASSES
+from fedmm.config.schema import ModelConfig, Plugin
+from fedmm.data.federation import Pool
+from fedmm.io.files import write_bytes, write_json
+from fedmm.models import MultimodalModel, build_model
+from fedmm.models.stacked import Stack
+from fedmm.objectives import build_objective
+from fedmm.seeding import torch_rng
+from fedmm.types import Kind, ModalitySpec, Tensors
+
+TOLERANCE = 1e-3
+"""Relative distance of a client's model after a round, in float32 without TF32: convolutions sum in another order."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One kind of model.
+
+    Attributes:
+        name: How tables call it.
+        model: The network.
+        shapes: Modality -> kind and shape.
+        samples: Training samples of each client.
+        counts: Numbers of clients, ascending.
+        alone: Most clients that are also trained one by one; the time of more grows in proportion.
+    """
+
+    name: str
+    model: ModelConfig
+    shapes: dict[str, tuple[Kind, tuple[int, ...]]]
+    samples: int
+    counts: tuple[int, ...]
+    alone: int = 100
+
+
+_IMAGES: dict[str, tuple[Kind, tuple[int, ...]]] = {
+    "first": ("image", (1, 28, 28)),
+    "second": ("spectrogram", (1, 20, 44)),
+}
+CASES = (
+    Case(
+        "dense",
+        ModelConfig(encoder="mlp", norm="none", fusion="mlp"),
+        {"first": ("vector", (64,)), "second": ("vector", (128,))},
+        64,
+        (10, 20, 50, 100, 200, 500, 1000, 2000),
+    ),
+    Case(
+        "convolutional",
+        ModelConfig(encoder="convnet", norm="none", fusion="mlp"),
+        _IMAGES,
+        64,
+        (10, 20, 50, 100, 200, 500, 1000),
+    ),
+    Case(
+        "ResNet-18 pair",
+        ModelConfig(encoder="resnet18", norm="group", fusion="mlp", features=512),
+        {"first": ("image", (3, 32, 32)), "second": ("spectrogram", (1, 32, 32))},
+        64,
+        (1, 2, 5, 10, 20, 50, 100),
+        10,
+    ),
+)
+SCHEDULE = LocalSchedule(epochs=2, batch_size=32, lr=0.01, momentum=0.9, weight_decay=0.0)
+OBJECTIVE = build_objective(Plugin(name="joint"))
+
+
+class Bench:
+    """One case on one device.
+
+    Args:
+        case: What.
+        device: Where.
+        clients: For how many clients to make data.
+    """
+
+    def __init__(self, case: Case, device: torch.device, clients: int) -> None:
+        specs = {m: ModalitySpec(kind, shape) for m, (kind, shape) in case.shapes.items()}
+        self.device = device
+        self.model: MultimodalModel = build_model(specs, CLASSES, case.model, 0).to(device)
+        self.received: Tensors = {n: t.detach().clone() for n, t in self.model.state_dict().items()}
+        self.stack = Stack(self.model)
+        self.pool = _pool(case, clients).to(device)
+
+    def stacked(self, clients: int) -> Tensors:
+        """Train the first clients as one stack; tensors [K, ...] in the plain layout."""
+        result = train_stack(
+            self.stack,
+            self.received,
+            OBJECTIVE,
+            self.pool,
+            [Member(k, SCHEDULE) for k in range(clients)],
+            list(self.pool.x),
+            {"round": torch.zeros((), dtype=torch.int64, device=self.device)},
+            0,
+            1,
+        )
+        return {n: self.stack.plain(n, t) for n, t in result.model.items()}
+
+    def alone(self, clients: int) -> Tensors:
+        """Train the first clients one after another, one module reset in place; the last one's tensors."""
+        parameters = [p.detach() for p in self.model.parameters()]
+        start = [self.received[n] for n, _ in self.model.named_parameters()]
+        for k in range(clients):
+            torch._foreach_copy_(parameters, start)
+            optimiser = torch.optim.SGD(self.model.parameters(), SCHEDULE.lr, SCHEDULE.momentum, foreach=True)
+            for _, batch in batches(OBJECTIVE, self.pool.client(k), {}, SCHEDULE, 0, 1, k):
+                optimiser.zero_grad()
+                (loss,) = OBJECTIVE.losses(self.model, batch, {})
+                loss.backward()  # type: ignore[no-untyped-call]
+                optimiser.step()
+        return {n: t.detach().clone() for n, t in self.model.state_dict().items()}
+
+
+def _pool(case: Case, clients: int) -> Pool:
+    generator = torch_rng(0, f"bench/gpu/{case.name}")
+    n = clients * case.samples
+    sizes = np.full(clients, case.samples, dtype=np.int64)
+    modalities = tuple(case.shapes)
+    return Pool(
+        {m: torch.randn(n, *shape, generator=generator) for m, (_, shape) in case.shapes.items()},
+        {m: torch.ones(n, dtype=torch.bool) for m in modalities},
+        torch.randint(CLASSES, (n,), generator=generator),
+        np.cumsum(sizes) - sizes,
+        sizes,
+        CLASSES,
+        frozenset(modalities),
+        (modalities,) * clients,
+    )
+
+
+def timed(work: Callable[[], object], device: torch.device, repeats: int) -> list[float]:
+    """Seconds of each repetition, after one that does not count; waits for the device."""
+    seconds = []
+    for _ in range(repeats + 1):
+        _wait(device)
+        start = time.perf_counter()
+        work()
+        _wait(device)
+        seconds.append(time.perf_counter() - start)
+    return seconds[1:]
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def measure(case: Case, device: torch.device, repeats: int) -> list[dict[str, Any]]:
+    """A record for each number of clients, up to the one that no longer fits.
+
+    Raises:
+        ValueError: The stack gives another model than training alone.
+    """
+    bench = Bench(case, device, max(case.counts))
+    few = case.counts[0]
+    own, stack = bench.alone(few), bench.stacked(few)
+    gap = distance({n: t[few - 1] for n, t in stack.items()}, own)
+    if gap > TOLERANCE:
+        raise ValueError(f"{case.name}: a client of a stack is {gap:.1e} away from the same client alone")
+    records: list[dict[str, Any]] = []
+    for count in case.counts:
+        try:
+            records.append(_record(bench, case, count, repeats) | {"distance": gap})
+        except torch.OutOfMemoryError:
+            records.append({"case": case.name, "clients": count, "error": "out of memory"})
+            break
+    return records
+
+
+def _record(bench: Bench, case: Case, count: int, repeats: int) -> dict[str, Any]:
+    cuda = bench.device.type == "cuda"
+    before = 0
+    if cuda:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(bench.device)
+        before = torch.cuda.memory_allocated(bench.device)
+    seconds = timed(lambda: bench.stacked(count), bench.device, repeats)
+    memory = torch.cuda.max_memory_allocated(bench.device) - before if cuda else 0
+    record = {"case": case.name, "clients": count, "error": "", "stacked": seconds, "memory": memory}
+    if count <= case.alone:
+        record["alone"] = timed(lambda: bench.alone(count), bench.device, repeats)
+    return record
+
+
+def room(records: Sequence[dict[str, Any]], total: int) -> int | None:
+    """Clients that would fit into `total` bytes, by a straight line through the two largest stacks."""
+    known = [(r["clients"], r["memory"]) for r in records if not r["error"] and r["memory"]]
+    if len(known) < 2 or known[-1][1] <= known[-2][1]:
+        return None
+    (k0, m0), (k1, m1) = known[-2:]
+    slope = (m1 - m0) / (k1 - k0)
+    return int(k1 + (total - m1) / slope)
+
+
+def table(case: Case, records: Sequence[dict[str, Any]], total: int) -> Table:
+    """Time, speed-up and memory against the number of clients."""
+    rows = []
+    for r in records:
+        if r["error"]:
+            rows.append((str(r["clients"]), r["error"], "-", "-", "-"))
+            continue
+        stacked = spread(r["stacked"])
+        alone = spread(r["alone"]) if "alone" in r else None
+        rows.append(
+            (
+                str(r["clients"]),
+                spread([1e3 * s for s in r["stacked"]]).text(),
+                spread([1e3 * s for s in r["alone"]]).text() if alone else "-",
+                f"{number(alone.median / stacked.median)}x" if alone else "-",
+                number(r["memory"] / 2**20),
+            )
+        )
+    fit = room(records, total)
+    title = f"{case.name}: {'about ' + format(fit, ',') + ' clients fit' if fit else 'memory not extrapolated'}"
+    return Table(title, ("clients", "stacked, ms a round", "one by one, ms", "times faster", "MiB"), tuple(rows))
+
+
+def main(out: Path, console: Console, cases: Sequence[Case] = CASES, repeats: int = 5) -> int:
+    """Measure all cases and write gpu.json and gpu.md; the exit code."""
+    if not torch.cuda.is_available():
+        console.print("There is no GPU here, so nothing was measured.")
+        return 0
+    device = torch.device("cuda")
+    # Both sides in full float32, or the check would compare roundings.
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    total = torch.cuda.get_device_properties(device).total_memory
+    records, every = [], []
+    for case in cases:
+        found = measure(case, device, repeats)
+        records += found
+        every.append(table(case, found, total))
+        show(console, every[-1])
+        torch.cuda.empty_cache()
+    out.mkdir(parents=True, exist_ok=True)
+    about = machine.describe()
+    write_json(out / "gpu.json", {"machine": about, "total_memory": total, "runs": records})
+    head = (
+        f"# Stacked clients on {about['accelerator']}\n\nMeasured {about['measured']}, torch {torch.__version__}.\n\n"
+    )
+    write_bytes(out / "gpu.md", (head + "\n".join(t.markdown() for t in every)).encode())
+    return 0

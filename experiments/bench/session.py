@@ -1,0 +1,135 @@
+"""Run the benchmark: first the check that everybody computes the same, then the measurements, in turn."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from experiments.bench.figures import distance
+from experiments.bench.launch import BARE, INPROC, OURS, Contestant, Run, launch
+from experiments.bench.suites import Suite
+from experiments.bench.workloads import Precision, Workload, has_precision
+from fedmm.errors import RunError
+from fedmm.types import Tensors
+
+TOLERANCE: dict[Precision, float] = {"float32": 1e-5, "float64": 1e-12}
+DRIFT = 1e-2
+"""Relative distance after all timed rounds above which a run did something else. In float32, rounding differences grow
+from round to round, as samples near a ReLU's kink switch sides; 1e-4 is common."""
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Check:
+    """One contestant's first round against the reference's."""
+
+    workload: str
+    contestant: str
+    reference: str
+    precision: Precision
+    distance: float
+    tolerance: float
+    reason: str = ""
+
+    @property
+    def passed(self) -> bool:
+        """Whether the weights agree."""
+        return not self.reason and self.distance <= self.tolerance
+
+
+def reference(workload: Workload) -> Contestant:
+    """Whom everybody must agree with: the bare loop, or, for methods that it cannot do, our plainest engine."""
+    return BARE if workload.plain else next((c for c in OURS if c.name == "inproc, cohort off"), INPROC)
+
+
+def check_equality(suites: Sequence[Suite], pfl_python: Path | None, say: Say) -> list[Check]:
+    """One round of every contestant on one workload of each kind of model and method, against the reference.
+
+    float64 where `train.precision` exists; pfl keeps differences of models in float32, so it is checked in float32.
+    """
+    checks = []
+    for workload, contestants in _meetings(suites):
+        references: dict[Precision, Tensors] = {}
+        for contestant in contestants:
+            best: Precision = "float64" if has_precision() and contestant.program != "pfl" else "float32"
+            judge = reference(workload)
+            say(f"equality: {workload.name}, {contestant.name}, {best}")
+            gap, reason = float("inf"), ""
+            try:
+                if best not in references:
+                    references[best] = launch(judge, workload, warmup=0, rounds=1, precision=best).weights
+                run = launch(contestant, workload, warmup=0, rounds=1, precision=best, pfl_python=pfl_python)
+                gap = distance(run.weights, references[best])
+            except (RunError, ValueError) as error:
+                reason = str(error)
+            checks.append(Check(workload.name, contestant.name, judge.name, best, gap, TOLERANCE[best], reason))
+    return checks
+
+
+def _meetings(suites: Sequence[Suite]) -> Iterator[tuple[Workload, list[Contestant]]]:
+    """The first workload of each family and method, with everybody who will be timed on such a one."""
+    first: dict[tuple[str, ...], Workload] = {}
+    guests: dict[tuple[str, ...], dict[str, Contestant]] = {}
+    for suite in suites:
+        for workload, contestant in suite.cells():
+            kind = (workload.family, workload.method, workload.norm)
+            first.setdefault(kind, workload)
+            guests.setdefault(kind, {})[contestant.name] = contestant
+    for same, workload in first.items():
+        judge = reference(workload).name
+        yield workload, [c for c in guests[same].values() if c.name != judge]
+
+
+def measure(suite: Suite, repeats: int, pfl_python: Path | None, say: Say) -> Iterator[dict[str, Any]]:
+    """Run every cell `repeats` times, all cells once before any a second time; a record of each run.
+
+    Contestants take turns in being first, so that none always profits from what the one before left.
+    """
+    for repeat in range(suite.repeats or repeats):
+        for workload in suite.workloads:
+            cells = [c for w, c in suite.cells() if w == workload]
+            shift = repeat % len(cells)
+            runs: dict[str, Run | str] = {}
+            for contestant in [*cells[shift:], *cells[:shift]]:
+                say(f"{suite.path(workload, contestant)}, repeat {repeat + 1}")
+                try:
+                    runs[contestant.name] = launch(
+                        contestant, workload, warmup=suite.warmup, rounds=suite.rounds, pfl_python=pfl_python
+                    )
+                except RunError as error:
+                    runs[contestant.name] = str(error)
+            yield from _records(suite, workload, repeat, cells, runs)
+
+
+def _records(
+    suite: Suite, workload: Workload, repeat: int, cells: Sequence[Contestant], runs: dict[str, Run | str]
+) -> Iterator[dict[str, Any]]:
+    finished = {name: run for name, run in runs.items() if isinstance(run, Run)}
+    judge = next((finished[c.name] for c in cells if c.name in finished), None)
+    for contestant in cells:
+        base = {"suite": suite.name, "workload": workload.name, "contestant": contestant.name, "repeat": repeat}
+        run = runs[contestant.name]
+        if isinstance(run, str) or judge is None:
+            yield base | {"error": str(run)}
+            continue
+        drift = distance(run.weights, judge.weights)
+        total, samples = sum(run.seconds), sum(run.samples)
+        yield base | {
+            "error": "" if drift <= DRIFT else f"its model is {drift:.1e} away from {cells[0].name}'s",
+            "seconds": median(run.seconds),
+            "rounds": run.seconds,
+            "samples": samples / len(run.samples),
+            "us_per_sample": 1e6 * total / samples,
+            "processor_us_per_sample": 1e6 * run.processor / samples,
+            "training_share": run.training / total if run.training else None,
+            "start_up": run.start_up,
+            "memory_mb": run.memory / 1e6,
+            "parameters": run.parameters,
+            "load": run.load,
+            "others": run.others,
+            "drift": drift,
+        }

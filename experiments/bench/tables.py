@@ -1,0 +1,174 @@
+"""From records of runs to tables: medians with spread, and ratios between contestants."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from experiments.bench.figures import Spread, number, ratios, spread
+from experiments.bench.session import Check
+from experiments.bench.suites import Suite
+
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Table:
+    """Text in rows and columns; the first column names the row."""
+
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+
+    def markdown(self) -> str:
+        """The table under its title."""
+        lines = ["| " + " | ".join(self.columns) + " |", "|" + " --- |" * len(self.columns)]
+        lines += ["| " + " | ".join(row) + " |" for row in self.rows]
+        return "\n".join([f"## {self.title}", "", *lines, ""])
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A measured quantity: key of the record, heading, and factor to the unit in it."""
+
+    key: str
+    heading: str
+    factor: float = 1.0
+
+
+SECONDS = Figure("seconds", "ms a round", 1e3)
+FIGURES = (
+    SECONDS,
+    Figure("us_per_sample", "us a sample"),
+    Figure("processor_us_per_sample", "processor us a sample, all processes"),
+    Figure("start_up", "seconds from the start of the process to the end of its first round"),
+    Figure("memory_mb", "MB of all processes after the last round"),
+)
+OVERHEAD = Figure("training_share", "% of a round outside forward, backward and update")
+
+AGAINST = (
+    ("Flower", "ray"),
+    ("Flower", "inproc"),
+    ("pfl", "inproc"),
+    ("bare loop", "inproc"),
+    ("bare loop", "ray"),
+    ("inproc, cohort off", "bare loop"),
+    ("inproc, cohort off", "inproc"),
+    ("ray, cohort off", "ray"),
+)
+"""Ratios of the time of a round: how many times as long the first takes."""
+
+
+def values(records: Sequence[Record], workload: str, contestant: str, key: str) -> list[float]:
+    """A quantity of one cell, in order of repeats; failed runs and runs of something else are left out."""
+    found = [r for r in records if (r["workload"], r["contestant"]) == (workload, contestant) and not r["error"]]
+    return [r[key] for r in sorted(found, key=lambda r: int(r["repeat"])) if r.get(key) is not None]
+
+
+def paired(records: Sequence[Record], workload: str, slow: str, fast: str, key: str = "seconds") -> Spread | None:
+    """Ratio of two contestants' quantity over the repeats in which both succeeded."""
+    both: list[tuple[float, float]] = []
+    for repeat in sorted({int(r["repeat"]) for r in records}):
+        now = [r for r in records if r["repeat"] == repeat]
+        a, b = values(now, workload, slow, key), values(now, workload, fast, key)
+        both += list(zip(a, b, strict=False))
+    return ratios([a for a, _ in both], [b for _, b in both]) if both else None
+
+
+def measured(suite: Suite, records: Sequence[Record], figure: Figure) -> Table | None:
+    """Contestants x workloads of one quantity; None if it was measured nowhere."""
+    rows = []
+    for contestant in suite.contestants:
+        found = [values(records, w.name, contestant.name, figure.key) for w in suite.workloads]
+        failed = any(r["contestant"] == contestant.name and r["error"] for r in records)
+        if any(found) or (failed and figure is SECONDS):
+            texts = [spread(_scaled(f, figure)).text() if f else "failed" if failed else "-" for f in found]
+            rows.append((contestant.name, *texts))
+    if not rows:
+        return None
+    return Table(f"{suite.title}: {figure.heading}", ("", *(w.name for w in suite.workloads)), tuple(rows))
+
+
+def _scaled(found: Sequence[float], figure: Figure) -> list[float]:
+    return [100 * (1 - v) if figure is OVERHEAD else v * figure.factor for v in found]
+
+
+def ratio_table(suite: Suite, records: Sequence[Record]) -> Table | None:
+    """How many times as long a round takes with one contestant as with another."""
+    names = {c.name for c in suite.contestants}
+    rows = []
+    for slow, fast in (p for p in _pairs(suite) if names >= set(p)):
+        found = [paired(records, w.name, slow, fast) for w in suite.workloads]
+        if any(found):
+            rows.append((f"{slow} / {fast}", *(s.text() if s else "-" for s in found)))
+    if not rows:
+        return None
+    return Table(f"{suite.title}: times as long", ("", *(w.name for w in suite.workloads)), tuple(rows))
+
+
+def _pairs(suite: Suite) -> list[tuple[str, str]]:
+    """The usual pairs, and those of equally many workers."""
+    names = [c.name for c in suite.contestants]
+    return [*AGAINST, *(("Flower" + n[3:], n) for n in names if n.startswith("ray x"))]
+
+
+def method_table(suite: Suite, records: Sequence[Record]) -> Table | None:
+    """What a method costs against FedAvg on the same clients, beside how many more parameters it has."""
+    base = next((w for w in suite.workloads if w.method == "fedavg"), None)
+    if suite.name != "methods" or base is None:
+        return None
+    size = {r["workload"]: r["parameters"] for r in records if not r["error"]}
+    rows = [
+        (
+            "parameters",
+            *(
+                number(size[w.name] / size[base.name]) if {w.name, base.name} <= set(size) else "-"
+                for w in suite.workloads
+            ),
+        )
+    ]
+    for contestant in suite.contestants:
+        plain = values(records, base.name, contestant.name, "seconds")
+        found = [values(records, w.name, contestant.name, "seconds") for w in suite.workloads]
+        rows.append((f"time, {contestant.name}", *(ratios(f, plain).text() if f and plain else "-" for f in found)))
+    return Table("Methods: times FedAvg", ("", *(w.name for w in suite.workloads)), tuple(rows))
+
+
+def load_table(records: Sequence[Record]) -> Table:
+    """What else the machine had to do: other work on the same cores makes times longer."""
+    rows = []
+    for name in dict.fromkeys(str(r["suite"]) for r in records):
+        mine = [r for r in records if r["suite"] == name and r.get("load") is not None]
+        if mine:
+            both = [spread([r[key] for r in mine]).text(digits=2) for key in ("load", "others")]
+            rows.append((name, *both, str(len(mine))))
+    columns = ("suite", "load average before a run", "cores busy with other work during its rounds", "runs")
+    return Table("Other work on the machine", columns, tuple(rows))
+
+
+def equality_table(checks: Sequence[Check]) -> Table:
+    """The check that must hold before anything is timed."""
+    rows = [
+        (
+            c.workload,
+            c.contestant,
+            c.reference,
+            c.precision,
+            c.reason or f"{c.distance:.1e}",
+            f"{c.tolerance:.0e}",
+            "equal" if c.passed else "DIFFERENT",
+        )
+        for c in checks
+    ]
+    columns = ("workload", "contestant", "against", "precision", "distance", "allowed", "")
+    return Table("One round gives the same weights", columns, tuple(rows))
+
+
+def tables(suite: Suite, records: Sequence[Record]) -> list[Table]:
+    """All tables of a suite."""
+    mine = [r for r in records if r["suite"] == suite.name]
+    makers: list[Callable[[], Table | None]] = [lambda f=f: measured(suite, mine, f) for f in FIGURES]  # type: ignore[misc]
+    makers[1:1] = [lambda: ratio_table(suite, mine), lambda: method_table(suite, mine)]
+    makers.append(lambda: measured(suite, mine, OVERHEAD))
+    return [table for make in makers if (table := make()) is not None]
