@@ -26,11 +26,10 @@ Everything above needs second moments only, and these add over clients: one roun
 
     moments.py    what a client sends
     solver.py     the alternation, from moments to a linear head; also a closed-form head on encoder features
-    estimator.py  the scikit-learn estimator
+    estimator.py  the scikit-learn estimator `ARMClassifier`; not imported here, since scikit-learn takes its time
 """
 
-from fedmm.arm.estimator import ARMClassifier
 from fedmm.arm.moments import add, moments
 from fedmm.arm.solver import Settings, Solution, solve
 
-__all__ = ["ARMClassifier", "Settings", "Solution", "add", "moments", "solve"]
+__all__ = ["Settings", "Solution", "add", "moments", "solve"]

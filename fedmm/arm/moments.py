@@ -7,8 +7,9 @@ Names of the tensors (all float64), for each modality a and each pair a < b by n
     gram.a.b  [d+e+1, ...]  the same of v = [x_a, x_b, 1], over samples that have both
     cross.a.b [d+e+1, C]
 
-The 1 puts the sums and the number of samples into the last row. Uncentred sums add over clients; the names and shapes
-depend on the owned modalities alone, and reveal no sample that a secure sum of them does not.
+The 1 puts the sums and the number of samples into the last row. Uncentred sums add over clients, so that secure
+aggregation applies; names and shapes depend on the owned modalities alone. A pair is sent apart from its two members,
+because they differ where samples lack a modality; traffic grows with the square of the features' width.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from fedmm.errors import ConfigError, DataError, nearest
 from fedmm.types import Tensors
 
 _ROUNDING = 1e-6
-"""Singular values below this share of the largest count as zero: their squares drown in float64's rounding."""
+"""Shares below this count as zero where their squares matter, which drown in float64's rounding."""
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,9 @@ def solve(sums: Mapping[str, Tensor], settings: Settings | None = None, strong: 
     chosen = min(names, key=scores.__getitem__, default="") if strong == "auto" else strong
     view = centred(sums, chosen) if chosen else None
     if view is None:
-        raise DataError(f'fewer than two samples have the strong modality "{chosen}"', where="arm")
+        raise DataError(
+            f'fewer than two samples have the strong modality "{chosen}"', where="arm", remedy="name another"
+        )
     pairs = _pairs(sums, chosen, view, settings)
 
     rank = view.cross.shape[1] - 1 if settings.rank is None else settings.rank
@@ -146,15 +148,17 @@ def unexplained(view: Centred, l1: float) -> float:
     """Generalised cross-validation of ridge regression, as a share of the labels' variance; smaller is stronger.
 
     (RSS / ||Y||^2) / (1 - (1 + df) / n)^2 with df = tr((X'X + l1 I)^-1 X'X). Unlike cross-validated accuracy it
-    follows from second moments, needs no folds, and is the same for clients and pool. Labels without any variance tell
-    nothing: infinity. Source: Golub, Heath and Wahba, Technometrics 21 (1979), eq. 1.4; the 1 is the mean's.
+    follows from second moments, needs no folds, and is the same for clients and pool. Labels without any variance, or
+    that the features interpolate, tell nothing: infinity. Source: Golub, Heath and Wahba, Technometrics 21 (1979); the
+    1 is the mean's.
     """
     if view.energy <= 1e-12 * view.count:
         return float("inf")
     factor = _cholesky(view.gram + l1 * _eye(view.gram), "l1")
     weight = torch.cholesky_solve(view.cross, factor)
     freedom = 1 + float(torch.cholesky_solve(view.gram, factor).diagonal().sum())
-    return _residual(view, weight) / view.energy / (1 - freedom / view.count) ** 2
+    left = 1 - freedom / view.count
+    return _residual(view, weight) / view.energy / left**2 if left > _ROUNDING else float("inf")
 
 
 def _pairs(sums: Mapping[str, Tensor], strong: str, view: Centred, settings: Settings) -> dict[str, _Pair]:

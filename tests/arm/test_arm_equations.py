@@ -160,6 +160,13 @@ def test_a_modality_seen_with_one_class_alone_is_not_the_strong_one():
     assert solve(summed(views, y, 3)).strong == "depth"
 
 
+def test_a_modality_that_interpolates_the_labels_is_not_the_strong_one():
+    views, y = sample(6, 12, (30, 3))
+    solution = solve(summed(views, y, 3), Settings(l1=1e-9))
+    assert solution.strong == "audio"
+    assert solution.unexplained["depth"] == np.inf
+
+
 def test_a_weak_modality_never_seen_with_the_strong_one_changes_nothing():
     views, y = sample(7, 40)
     views["depth"][:20], views["audio"][20:] = np.nan, np.nan
