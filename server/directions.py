@@ -73,7 +73,8 @@ def sketch(rows: Tensor, width: int, seed: int) -> Tensor:
 
 def unit(vectors: Tensor) -> Tensor:
     """Rows scaled to length 1; rows of zeros stay."""
-    return vectors / torch.linalg.vector_norm(vectors, dim=1, keepdim=True).clamp(min=1e-12)
+    lengths: Tensor = torch.linalg.vector_norm(vectors, dim=1, keepdim=True)
+    return vectors / lengths.clamp(min=1e-12)
 
 
 def distances(
@@ -162,7 +163,7 @@ class Directions(Knowledge):
     def learn(self, sent: Tensors, updates: Sequence[Update]) -> None:
         """Overwrite the vectors that the module's text says."""
         bootstrap = not self.tensors
-        for key in self.keys():
+        for key in self.kinds():
             names = self.covered(key, sent)
             length = sum(sent[n].numel() for n in names)
             self._vectors(key, length)
@@ -178,7 +179,7 @@ class Directions(Knowledge):
         """Overwrite the vectors of some clients under one key.
 
         Args:
-            key: One of `keys()`.
+            key: One of `kinds()`.
             clients: Whose they are, all different.
             rows: Differences sent - received [k, P], coordinates as the class's text says (`covered`).
         """
@@ -203,7 +204,7 @@ class Directions(Knowledge):
             self._sketched.add(key)
         return self.tensors[name], sketched
 
-    def keys(self) -> tuple[str, ...]:
+    def kinds(self) -> tuple[str, ...]:
         """Kinds of vectors that are kept."""
         return ("joint", *[f"encoder.{m}" for m in self.federates.modalities])
 
@@ -224,7 +225,7 @@ class Directions(Knowledge):
         """Whether an update overwrites its client's vector.
 
         Args:
-            key: One of `keys()`.
+            key: One of `kinds()`.
             modalities: Trained.
             complete: These are all that the client owns.
             bootstrap: The first updates ever (ask before handing over any rows: `not known.tensors`).
@@ -263,6 +264,6 @@ class Directions(Knowledge):
 class WholeDirections(Directions):
     """Last update direction of every client over all blocks: DivFL's vectors."""
 
-    def keys(self) -> tuple[str, ...]:
+    def kinds(self) -> tuple[str, ...]:
         """All blocks together."""
         return ("whole",)

@@ -17,7 +17,7 @@ and resolves the conflict at each greedy step by the imbalance of the weak candi
 
 Up to 10,000 clients these sums are exact. Above, `route: auto` estimates them (`route` fixes either way):
 
-    candidates: max(R, 2 m, 10,000) random ones; greedy and its random R go on among these
+    candidates: max(4 m, 10,000) random ones; each greedy step looks at the same share of them as the method says
     demand k:   max(25 m, 10,000) random clients instead of V
     distances:  between fresh sketches of 64 numbers, computed as needed, never stored
 """
@@ -37,6 +37,9 @@ from server.selection.facility import Computed, Cover, greedy
 
 WIDTH = 64
 """Numbers of a vector's sketch in the sampled route: distances with a standard error of about 9 %."""
+
+SITES = 4
+"""Candidates for each client to pick in the sampled route."""
 
 FEWEST = 10_000
 """Fewest candidates and fewest demand points of the sampled route."""
@@ -109,12 +112,17 @@ class _Greedy(Selector):
         clients, pool = len(situation.federates.owned), len(situation.candidates)
         if not self.sampled(clients):
             return pool, clients
-        sites = max(self._step(clients, count) or pool, 2 * count, FEWEST)
-        return min(pool, sites), min(clients, max(DEMAND * count, FEWEST))
+        sites = pool if self.greedy == "plain" else min(pool, max(SITES * count, FEWEST))
+        return sites, min(clients, max(DEMAND * count, FEWEST))
 
-    def _step(self, clients: int, count: int) -> int | None:
-        """How many random candidates a greedy step looks at; None: all."""
-        return None if self.greedy == "plain" else self.candidates or max(count, clients // 10)
+    def _step(self, situation: Situation, count: int) -> int | None:
+        """How many random sites a greedy step looks at; None: all."""
+        if self.greedy == "plain":
+            return None
+        size = self.candidates or max(count, len(situation.federates.owned) // 10)
+        sites, _ = self._sizes(situation, count)
+        # The same share: a step that saw every site would offer CMSFed the same weak candidate again and again.
+        return max(1, size * sites // max(1, len(situation.candidates)))
 
     def _field(self, situation: Situation, count: int, rng: np.random.Generator) -> Field:
         clients, pool = len(situation.federates.owned), np.array(situation.candidates, dtype=np.int64)
@@ -146,7 +154,7 @@ class DivFL(_Greedy):
         kind, key = ("directions", "joint") if self.vectors == "encoders" else ("whole_directions", "whole")
         field = self._field(situation, count, rng)
         cover = field.cover(cast(Directions, situation.knowledge[kind]), key, self.normalize_delta)
-        picked = greedy(cover, field.pool, count, self._step(len(situation.federates.owned), count), rng)
+        picked = greedy(cover, field.pool, count, self._step(situation, count), rng)
         return [situation.everything(int(field.sites[i])) for i in picked]
 
 
@@ -169,7 +177,7 @@ class CMSFed(_Greedy):
         dominant, weak = imbalance.order()
         weak_name = situation.federates.modalities[weak]
         owned = situation.federates.owned
-        field, size = self._field(situation, count, rng), self._step(len(owned), count)
+        field, size = self._field(situation, count, rng), self._step(situation, count)
         cover_all = field.cover(directions, "joint", self.normalize_delta)
         cover_weak = field.cover(directions, f"encoder.{weak_name}", self.normalize_delta)
         owners = np.array([weak_name in owned[k] for k in field.sites], dtype=bool)

@@ -1,9 +1,12 @@
 """What a server keeps of replies: directions and dominance (prototypes and imbalance: see the reference tests)."""
 
+import numpy as np
 import pytest
 import torch
 
+from server import directions
 from server.aggregation import Update
+from server.directions import distances, single_distances, sketch
 from server.knowledge import KNOWLEDGE, Confidence, Directions, Federates, WholeDirections
 
 MODALITIES = ("a", "b")
@@ -96,3 +99,114 @@ def test_state_is_tensors_and_survives_a_round_of_no_replies(name):
     assert all(torch.equal(known.tensors[n].nan_to_num(), t.nan_to_num()) for n, t in before.items())
     assert all(isinstance(t, torch.Tensor) for t in known.broadcast().values())
     assert all(isinstance(v, float) for v in known.metrics().values())
+
+
+# -- bulk rows, sketches, distances of many ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [Directions, WholeDirections])
+@pytest.mark.parametrize("memory", [directions.MEMORY, 0])
+def test_rows_in_bulk_are_what_updates_give(kind, memory, monkeypatch):
+    monkeypatch.setattr(directions, "MEMORY", memory)
+    monkeypatch.setattr(directions, "WIDTH", 2)
+    one, two = bootstrapped(kind), kind(FEDERATES)
+    shifts = torch.tensor([[1.0], [2.0], [3.0]])
+    for key in two.kinds():
+        names = two.covered(key, SENT)
+        rows = torch.cat([shifts.expand(3, SENT[n].numel()) for n in names], 1)
+        lacked = torch.cat([torch.full((SENT[n].numel(),), n.startswith("encoder.b")) for n in names])
+        rows[2, lacked] = 0
+        two.learn_rows(key, [0, 1, 2], rows)
+    assert one.tensors.keys() == two.tensors.keys()
+    assert all(torch.equal(one.tensors[n], t) for n, t in two.tensors.items())
+    assert one.metrics() == two.metrics() == ({} if memory else {("fused", "direction_sketch"): 2.0})
+
+
+def test_coordinates_follow_sorted_names():
+    known = Directions(FEDERATES)
+    assert known.covered("joint", SENT) == ["encoder.a.b", "encoder.a.w", "encoder.b.w"]
+    assert known.covered("encoder.b", SENT) == ["encoder.b.w"]
+    assert WholeDirections(FEDERATES).covered("whole", SENT)[-1] == "head.joint.w"
+
+
+def test_a_vector_is_kept_whole_up_to_the_budget_and_as_its_sketch_above():
+    clients, length = 64, 1000
+    known = Directions(Federates(("a",), (("a",),) * clients, (1,) * clients))
+    rows = torch.randn(clients, length, generator=torch.Generator().manual_seed(0))
+    known.learn_rows("joint", range(clients), rows)
+    assert torch.equal(known.vectors("joint"), rows)
+    long = directions.MEMORY // (4 * clients)
+    for extra, width in ((0, long), (1, directions.WIDTH)):
+        known = Directions(Federates(("a",), (("a",),) * clients, (1,) * clients))
+        known.learn_rows("joint", [5], torch.ones(1, long + extra))
+        assert known.vectors("joint").shape == (clients, width)
+
+
+@pytest.mark.parametrize("width", [64, 256])
+def test_sketched_distances_are_unbiased_and_within_their_tolerance(width):
+    rng = np.random.default_rng(0)
+    # Few large coordinates among many small ones, as gradients have them.
+    v = torch.tensor(rng.normal(size=(50, 70_000)) * rng.lognormal(0, 1.5, 70_000), dtype=torch.float32)
+    exact, estimate = distances(v), distances(sketch(v, width, seed=7))
+    pairs = np.triu_indices(50, 1)
+    ratio = (estimate[pairs] / exact[pairs]) ** 2
+    assert ratio.mean() == pytest.approx(1, abs=0.05)
+    assert ratio.std() < 1.2 * (2 / width) ** 0.5
+    assert np.abs(np.sqrt(ratio) - 1).max() < 5 / (2 * width) ** 0.5
+
+
+def test_a_sketch_is_linear_repeatable_and_alone_decided_by_its_seed():
+    v = torch.randn(6, 70_000, generator=torch.Generator().manual_seed(0))
+    all_at_once = sketch(v, 256, seed=1)
+    assert torch.equal(all_at_once, torch.cat([sketch(row[None], 256, seed=1) for row in v]))
+    assert not torch.equal(all_at_once, sketch(v, 256, seed=2))
+    assert sketch(v[:1] - 2 * v[1:2], 256, 1) == pytest.approx(all_at_once[:1] - 2 * all_at_once[1:2], abs=1e-3)
+    assert torch.equal(sketch(v[:, :256], 256, seed=1), v[:, :256])
+
+
+@pytest.mark.parametrize("normalise", [False, True])
+def test_distances_in_single_precision(normalise):
+    """Right to float32 also for twins and near twins far from the origin, and zero for clients without vectors."""
+    rng = np.random.default_rng(1)
+    v = rng.normal(size=(700, 20)) + 100
+    v[1], v[2] = v[0], v[0] * (1 + 1e-7 * rng.normal(size=20))
+    v[3:5] = 0
+    vectors = torch.tensor(v)
+    D = single_distances(vectors, normalise)
+    assert D.dtype == np.float32
+    assert np.array_equal(D, D.T)
+    assert not D.diagonal().any()
+    assert D[0, 1] == D[3, 4] == 0
+    exact = distances(vectors, normalise)
+    np.testing.assert_allclose(D, exact, rtol=1e-6, atol=1e-12)
+    vectors[[6, 2, 650]] = torch.tensor(rng.normal(size=(3, 20)) + 100)
+    refreshed = single_distances(vectors, normalise, [2, 6, 650], D)
+    assert refreshed is D
+    assert np.array_equal(D, D.T)
+    np.testing.assert_allclose(D, single_distances(vectors, normalise), rtol=1e-6)
+
+
+@pytest.mark.parametrize("few", [True, False])
+def test_kept_distances_follow_what_is_learned(few, monkeypatch):
+    monkeypatch.setattr(directions, "DOUBLE", 2000 if few else 10)
+    clients, generator = 40, torch.Generator().manual_seed(0)
+    known = Directions(Federates(("a",), (("a",),) * clients, (1,) * clients))
+    rows = torch.randn(clients, 6, generator=generator)
+    known.learn_rows("joint", range(clients), rows)
+    assert known.distances("joint").dtype == (np.float64 if few else np.float32)
+    known.distances("joint", normalise=True)
+    rows[[3, 30]] = torch.randn(2, 6, generator=generator)
+    known.learn_rows("joint", [30, 3], rows[[30, 3]])
+    for normalise in (False, True):
+        np.testing.assert_allclose(known.distances("joint", normalise), distances(rows, normalise), rtol=1e-6)
+    # Another tensor, as from a checkpoint.
+    known.tensors = {"direction.joint": rows.flip(0)}
+    np.testing.assert_allclose(known.distances("joint"), distances(rows.flip(0)), rtol=1e-6)
+
+
+def test_distances_of_too_many_clients_are_not_kept(monkeypatch):
+    monkeypatch.setattr(directions, "STORED", 39)
+    known = Directions(Federates(("a",), (("a",),) * 40, (1,) * 40))
+    known.learn_rows("joint", range(40), torch.zeros(40, 2))
+    with pytest.raises(ValueError, match="40 clients"):
+        known.distances("joint")
