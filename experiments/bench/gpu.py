@@ -105,7 +105,7 @@ class Bench:
         self.model: MultimodalModel = build_model(specs, CLASSES, case.model, 0).to(device)
         self.received: Tensors = {n: t.detach().clone() for n, t in self.model.state_dict().items()}
         self.stack = Stack(self.model)
-        self.pool = _pool(case, clients).to(device)
+        self.pool = _pool(case, clients).to(device, torch.float32)
 
     def stacked(self, clients: int) -> Tensors:
         """Train the first clients as one stack; tensors [K, ...] in the plain layout."""

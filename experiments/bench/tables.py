@@ -66,24 +66,27 @@ def values(records: Sequence[Record], workload: str, contestant: str, key: str) 
     return [r[key] for r in sorted(found, key=lambda r: int(r["repeat"])) if r.get(key) is not None]
 
 
-def paired(records: Sequence[Record], workload: str, slow: str, fast: str, key: str = "seconds") -> Spread | None:
-    """Ratio of two contestants' quantity over the repeats in which both succeeded."""
-    both: list[tuple[float, float]] = []
-    for repeat in sorted({int(r["repeat"]) for r in records}):
-        now = [r for r in records if r["repeat"] == repeat]
-        a, b = values(now, workload, slow, key), values(now, workload, fast, key)
-        both += list(zip(a, b, strict=False))
-    return ratios([a for a, _ in both], [b for _, b in both]) if both else None
+def paired(records: Sequence[Record], slow: tuple[str, str], fast: tuple[str, str]) -> Spread | None:
+    """Ratio of the time of a round of two cells (workload, contestant) over the repeats in which both succeeded."""
+    one, other = (
+        {r["repeat"]: r["seconds"] for r in records if (r["workload"], r["contestant"]) == cell and not r["error"]}
+        for cell in (slow, fast)
+    )
+    both = sorted(set(one) & set(other))
+    return ratios([one[i] for i in both], [other[i] for i in both]) if both else None
 
 
 def measured(suite: Suite, records: Sequence[Record], figure: Figure) -> Table | None:
     """Contestants x workloads of one quantity; None if it was measured nowhere."""
     rows = []
+    broken = {(r["workload"], r["contestant"]) for r in records if r["error"]} if figure is SECONDS else set()
     for contestant in suite.contestants:
-        found = [values(records, w.name, contestant.name, figure.key) for w in suite.workloads]
-        failed = any(r["contestant"] == contestant.name and r["error"] for r in records)
-        if any(found) or (failed and figure is SECONDS):
-            texts = [spread(_scaled(f, figure)).text() if f else "failed" if failed else "-" for f in found]
+        found = {w.name: values(records, w.name, contestant.name, figure.key) for w in suite.workloads}
+        texts = [
+            spread(_scaled(f, figure)).text() if f else "failed" if (name, contestant.name) in broken else "-"
+            for name, f in found.items()
+        ]
+        if set(texts) != {"-"}:
             rows.append((contestant.name, *texts))
     if not rows:
         return None
@@ -99,7 +102,7 @@ def ratio_table(suite: Suite, records: Sequence[Record]) -> Table | None:
     names = {c.name for c in suite.contestants}
     rows = []
     for slow, fast in (p for p in _pairs(suite) if names >= set(p)):
-        found = [paired(records, w.name, slow, fast) for w in suite.workloads]
+        found = [paired(records, (w.name, slow), (w.name, fast)) for w in suite.workloads]
         if any(found):
             rows.append((f"{slow} / {fast}", *(s.text() if s else "-" for s in found)))
     if not rows:
@@ -119,19 +122,12 @@ def method_table(suite: Suite, records: Sequence[Record]) -> Table | None:
     if suite.name != "methods" or base is None:
         return None
     size = {r["workload"]: r["parameters"] for r in records if not r["error"]}
-    rows = [
-        (
-            "parameters",
-            *(
-                number(size[w.name] / size[base.name]) if {w.name, base.name} <= set(size) else "-"
-                for w in suite.workloads
-            ),
-        )
-    ]
-    for contestant in suite.contestants:
-        plain = values(records, base.name, contestant.name, "seconds")
-        found = [values(records, w.name, contestant.name, "seconds") for w in suite.workloads]
-        rows.append((f"time, {contestant.name}", *(ratios(f, plain).text() if f and plain else "-" for f in found)))
+    known = [{w.name, base.name} <= set(size) for w in suite.workloads]
+    more = [number(size[w.name] / size[base.name]) if k else "-" for w, k in zip(suite.workloads, known, strict=True)]
+    rows = [("parameters", *more)]
+    for contestant in (c.name for c in suite.contestants):
+        found = [paired(records, (w.name, contestant), (base.name, contestant)) for w in suite.workloads]
+        rows.append((f"time, {contestant}", *(s.text() if s else "-" for s in found)))
     return Table("Methods: times FedAvg", ("", *(w.name for w in suite.workloads)), tuple(rows))
 
 
