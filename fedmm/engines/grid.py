@@ -14,7 +14,7 @@ import time
 import traceback
 from abc import abstractmethod
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -63,6 +63,36 @@ class StreamingGrid(Protocol):
         ...
 
 
+@runtime_checkable
+class WorkingGrid(Protocol):
+    """A grid whose processes hold many clients each, and that hands them jobs instead of a message a client.
+
+    Attributes:
+        crew: Import path of the function that does a job, or None: only messages.
+        processes: How many jobs run at a time.
+    """
+
+    crew: str | None
+    processes: int
+
+    def work(
+        self, jobs: Sequence[Any], shared: Any, *, timeout: float | None = None
+    ) -> Iterator[tuple[Any, Any | LostJob]]:
+        """Do `jobs` and yield (job, result) as they are done; stop after `timeout` seconds.
+
+        A job whose process dies is done again; if that goes on, its parts (`job.split()`) are, and each of them
+        yields its own result, or a `LostJob`.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class LostJob:
+    """What came of a job that its processes died of, or that raised."""
+
+    reason: str
+
+
 @dataclass(frozen=True)
 class Task:
     """One message and the context that its client sees."""
@@ -92,16 +122,25 @@ def load_app(app: str | App) -> App:
     """
     if not isinstance(app, str):
         return app
-    module, _, attribute = app.partition(":")
+    return load_callable(app, "client app")  # type: ignore[no-any-return]
+
+
+def load_callable(path: str, what: str) -> Any:
+    """What an import path "package.module:attribute" names.
+
+    Raises:
+        RunError: The path is malformed, its import fails, or it names nothing that can be called.
+    """
+    module, _, attribute = path.partition(":")
     if not module or not attribute:
-        raise RunError("not an import path", where=app, remedy='write it as "package.module:attribute"')
+        raise RunError("not an import path", where=path, remedy='write it as "package.module:attribute"')
     try:
         found = getattr(importlib.import_module(module), attribute)
     except (Exception, SystemExit) as error:
-        raise RunError(f"cannot load the client app: {one_line(error)}", where=app) from error
+        raise RunError(f"cannot load the {what}: {one_line(error)}", where=path) from error
     if not callable(found):
-        raise RunError(f"a {type(found).__name__}, not a client app", where=app)
-    return found  # type: ignore[no-any-return]
+        raise RunError(f"a {type(found).__name__}, not a {what}", where=path)
+    return found
 
 
 def call_app(app: App, task: Task) -> Outcome:
@@ -120,6 +159,22 @@ def call_app(app: App, task: Task) -> Outcome:
     except (Exception, SystemExit) as error:
         return Outcome(error_reply(task.message, ErrorCode.CLIENT_APP_RAISED_EXCEPTION, one_line(error)))
     return Outcome(reply, context.state)
+
+
+def attempt_job(do: Callable[[Any, Any], Any], job: Any, shared: Any) -> list[tuple[Any, Any | LostJob]]:
+    """Do one job and return it with its result; if it raises, its parts one by one, and a `LostJob` for what raises."""
+    try:
+        return [(job, do(job, shared))]
+    except (Exception, SystemExit) as error:
+        parts = parts_of(job)
+        if len(parts) < 2:
+            return [(job, LostJob(one_line(error)))]
+        return [outcome for part in parts for outcome in attempt_job(do, part, shared)]
+
+
+def parts_of(job: Any) -> list[Any]:
+    """The jobs that a job can be split into; itself, if it cannot."""
+    return job.split() if hasattr(job, "split") else [job]
 
 
 def copy_records(records: RecordDict) -> RecordDict:
@@ -158,12 +213,16 @@ class LocalGrid(Grid):
     Args:
         clients: Number K of SuperNodes.
         run_config: Flower's run configuration, which every client sees as `context.run_config`.
+        crew: Import path of the function that does jobs (see `WorkingGrid`).
 
     Attributes:
         contexts: Node id -> context of the SuperNode; its state survives from message to message.
     """
 
-    def __init__(self, clients: int, run_config: RunConfig | None = None) -> None:
+    processes = 1
+
+    def __init__(self, clients: int, run_config: RunConfig | None = None, crew: str | None = None) -> None:
+        self.crew = crew
         # Message() refuses to be built in a process that has no identity.
         TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = RUN_ID, SERVER_NODE, 1
         self._run = Run.create_empty(run_id=RUN_ID)

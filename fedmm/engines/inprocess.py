@@ -5,10 +5,22 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
-from fedmm.engines.grid import App, LocalGrid, Outcome, RunConfig, Task, call_app, load_app
+from fedmm.engines.grid import (
+    App,
+    LocalGrid,
+    LostJob,
+    Outcome,
+    RunConfig,
+    Task,
+    attempt_job,
+    call_app,
+    load_app,
+    load_callable,
+)
 
 
 class InProcessGrid(LocalGrid):
@@ -18,14 +30,31 @@ class InProcessGrid(LocalGrid):
         app: The client app, or its import path "package.module:attribute".
         clients: Number of SuperNodes.
         run_config: What clients see as `context.run_config`.
+        crew: Import path of the function that does jobs.
 
     Raises:
-        RunError: The app cannot be loaded.
+        RunError: The app or the function cannot be loaded.
     """
 
-    def __init__(self, app: str | App, clients: int, run_config: RunConfig | None = None) -> None:
-        super().__init__(clients, run_config)
+    def __init__(
+        self, app: str | App, clients: int, run_config: RunConfig | None = None, crew: str | None = None
+    ) -> None:
+        super().__init__(clients, run_config, crew)
         self._app = load_app(app)
+
+    def work(
+        self, jobs: Sequence[Any], shared: Any, *, timeout: float | None = None
+    ) -> Iterator[tuple[Any, Any | LostJob]]:
+        """See `WorkingGrid.work`."""
+        assert self.crew is not None
+        do = load_callable(self.crew, "crew")
+        deadline = None if timeout is None else time.monotonic() + timeout
+        for job in jobs:
+            if deadline is not None and time.monotonic() >= deadline:
+                return
+            with _one_thread():
+                done = attempt_job(do, job, shared)
+            yield from done
 
     def _execute(self, tasks: Sequence[Task], timeout: float | None) -> Iterator[tuple[int, Outcome]]:
         deadline = None if timeout is None else time.monotonic() + timeout

@@ -1,8 +1,8 @@
 """The engine on Ray: persistent workers that are handed chunks of messages, and are replaced when they die.
 
-A reply is a pure function of (message, context), so neither the number of workers nor the chunks they are handed
-can change a bit of it. An array record that several messages share is put into Ray's object store once a round and
-is fetched once by each worker.
+A reply is a pure function of (message, context), and a job's result of (job, what all share), so neither the number
+of workers nor the chunks they are handed can change a bit of it. What several messages or jobs share is put into Ray's
+object store once a round and is fetched once by each worker.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import signal
 import sys
 import time
 from collections import Counter, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
@@ -30,14 +30,18 @@ from fedmm.engines import ray_instance
 from fedmm.engines.grid import (
     App,
     LocalGrid,
+    LostJob,
     Outcome,
     Record,
     RunConfig,
     Task,
+    attempt_job,
     call_app,
     error_reply,
     load_app,
+    load_callable,
     message_from,
+    parts_of,
 )
 from fedmm.errors import RunError
 
@@ -81,12 +85,22 @@ class Worker:
         torch.set_num_threads(1)
         self._app: App | None = None
         self._shared: dict[str, ArrayRecord] = {}
+        self._common: dict[str, Any] = {}
+        self._do: Callable[[Any, Any], Any]
 
-    def greet(self, app: str, path: list[str]) -> None:
-        """Show that the worker lives; load the client app, with the driver's `sys.path`, if that was not done."""
+    def greet(self, app: str, path: list[str], crew: str | None = None) -> None:
+        """Show that the worker lives; load app and crew, with the driver's `sys.path`, if that was not done."""
         if self._app is None:
             sys.path[:] = [*path, *(entry for entry in sys.path if entry not in path)]
+            if crew is not None:
+                self._do = load_callable(crew, "crew")
             self._app = load_app(app)
+
+    def run_jobs(self, jobs: list[Any], key: str, ref: list[ObjectRef[Any]]) -> list[tuple[Any, Any]]:
+        """Do jobs one by one. `ref` (in a list, so that Ray does not fetch it each time) is what they share."""
+        if key not in self._common:
+            self._common = {key: ray.get(ref[0])}
+        return [outcome for job in jobs for outcome in attempt_job(self._do, job, self._common[key])]
 
     def run(self, parcels: list[Parcel], refs: dict[str, ObjectRef[Any]]) -> list[Outcome]:
         """Handle parcels one by one. `refs`: key -> reference to a shared record, fetched if it is new."""
@@ -104,15 +118,17 @@ class RayPool:
     Args:
         app: Import path "package.module:attribute" of the client app.
         workers: Number of worker processes, whatever the number of cores.
+        crew: Import path of the function that does jobs (see `WorkingGrid`).
 
     Raises:
         RunError: `app` is no import path, or Ray does not start.
     """
 
-    def __init__(self, app: str, workers: int) -> None:
+    def __init__(self, app: str, workers: int, crew: str | None = None) -> None:
         if workers < 1:
             raise RunError(f"{workers} workers", remedy="use at least one")
         self._app = app
+        self.crew = crew
         self._path = [str(Path(entry).resolve()) for entry in sys.path]
         self._idle: list[Any] = []
         self._greeted: dict[ObjectRef[Any], tuple[Any, float]] = {}
@@ -145,24 +161,66 @@ class RayPool:
         Raises:
             RunError: No worker can be started, or the pool is closed.
         """
-        if self._closed or self._busy:
-            raise RunError("the Ray workers are shut down" if self._closed else "the Ray workers are busy")
+        self._ready()
         parcels, refs = self._pack(tasks)
+
+        def submit(worker: Any, chunk: Chunk) -> ObjectRef[Any]:
+            mine = [parcels[i] for i in chunk.indices]
+            keys = {r for parcel in mine for r in parcel.records.values() if isinstance(r, str)}
+            return worker.run.remote(mine, {key: refs[key] for key in keys})  # type: ignore[no-any-return]
+
         size = max(1, math.ceil(len(tasks) / (CHUNKS_PER_WORKER * self.workers)))
         order = range(len(tasks))
         queue = deque(Chunk(tuple(order[i : i + size])) for i in range(0, len(tasks), size))
-        # A worker that died while idle is found now, when its death can be charged to no task.
+        for chunk, outcomes, error in self._dispatch(queue, submit, timeout):
+            if error is not None:
+                again, outcomes = _after_death(chunk, tasks, error)
+                queue.extendleft(again)
+            yield from zip(chunk.indices, outcomes, strict=False)
+
+    def work(self, jobs: Sequence[Any], shared: Any, timeout: float | None = None) -> Iterator[tuple[Any, Any]]:
+        """Yield (job, result) as jobs are done; arguments and deaths as for `run` (see `WorkingGrid.work`)."""
+        self._ready()
+        common = ray.put(shared)
+        todo = list(jobs)
+
+        def submit(worker: Any, chunk: Chunk) -> ObjectRef[Any]:
+            return worker.run_jobs.remote([todo[i] for i in chunk.indices], common.hex(), [common])  # type: ignore[no-any-return]
+
+        queue = deque(_guided(len(todo), self.workers))
+        for chunk, outcomes, error in self._dispatch(queue, submit, timeout):
+            if error is None:
+                yield from outcomes
+                continue
+            chunk = replace(chunk, deaths=chunk.deaths + 1)
+            if chunk.deaths < DEATHS_BEFORE_ALONE:
+                queue.appendleft(chunk)
+            elif chunk.deaths < DEATHS_BEFORE_ERROR:
+                parts = [part for i in chunk.indices for part in parts_of(todo[i])]
+                queue.extendleft(Chunk((len(todo) + i,), chunk.deaths) for i in reversed(range(len(parts))))
+                todo += parts
+            else:
+                reason = f"{chunk.deaths} workers died of this job: {' '.join(str(error).split())[:300]}"
+                yield from ((todo[i], LostJob(reason)) for i in chunk.indices)
+
+    def _ready(self) -> None:
+        """Wait for a worker; one that died while idle is found now, when its death can be charged to no task."""
+        if self._closed or self._busy:
+            raise RunError("the Ray workers are shut down" if self._closed else "the Ray workers are busy")
         while self._idle:
             self._greet(self._idle.pop())
         self.wait()
+
+    def _dispatch(
+        self, queue: deque[Chunk], submit: Callable[[Any, Chunk], ObjectRef[Any]], timeout: float | None
+    ) -> Iterator[tuple[Chunk, list[Any], Exception | None]]:
+        """Hand out chunks to whoever is idle; yield each with its outcomes, or with the death of its worker."""
         deadline = None if timeout is None else time.monotonic() + timeout
         try:
             while queue or self._busy:
                 while queue and self._idle:
                     worker, chunk = self._idle.pop(), queue.popleft()
-                    mine = [parcels[i] for i in chunk.indices]
-                    keys = {r for parcel in mine for r in parcel.records.values() if isinstance(r, str)}
-                    self._busy[worker.run.remote(mine, {key: refs[key] for key in keys})] = worker, chunk
+                    self._busy[submit(worker, chunk)] = worker, chunk
                 ref = self._next_event(deadline)
                 if ref is None:
                     if deadline is not None and time.monotonic() >= deadline:
@@ -174,11 +232,10 @@ class RayPool:
                 except DEATH as error:
                     self.deaths += 1
                     self._replace(worker)
-                    again, outcomes = _after_death(chunk, tasks, error)
-                    queue.extendleft(again)
+                    yield chunk, [], error
                 else:
                     self._idle.append(worker)
-                yield from zip(chunk.indices, outcomes, strict=False)
+                    yield chunk, outcomes, None
         finally:
             while self._busy:
                 self._replace(self._busy.popitem()[1][0])
@@ -227,7 +284,7 @@ class RayPool:
         self._greet(actor.remote())
 
     def _greet(self, worker: Any) -> None:
-        self._greeted[worker.greet.remote(self._app, self._path)] = worker, time.monotonic() + START_SECONDS
+        self._greeted[worker.greet.remote(self._app, self._path, self.crew)] = worker, time.monotonic() + START_SECONDS
 
     def _replace(self, worker: Any) -> None:
         ray.kill(worker)
@@ -268,6 +325,15 @@ class RayPool:
             self._idle.append(worker)
 
 
+def _guided(jobs: int, workers: int) -> Iterator[Chunk]:
+    """Bundles of jobs, large ones first: few calls, and nobody is left waiting for a large bundle at the end."""
+    start = 0
+    while start < jobs:
+        size = math.ceil((jobs - start) / (2 * workers))
+        yield Chunk(tuple(range(start, start + size)))
+        start += size
+
+
 def _after_death(chunk: Chunk, tasks: Sequence[Task], error: Exception) -> tuple[list[Chunk], list[Outcome]]:
     """What to run again, and the error outcomes of a chunk whose worker died."""
     chunk = replace(chunk, deaths=chunk.deaths + 1)
@@ -290,8 +356,15 @@ class RayGrid(LocalGrid):
     """
 
     def __init__(self, pool: RayPool, clients: int, run_config: RunConfig | None = None) -> None:
-        super().__init__(clients, run_config)
+        super().__init__(clients, run_config, pool.crew)
         self._pool = pool
+        self.processes = pool.workers
+
+    def work(
+        self, jobs: Sequence[Any], shared: Any, *, timeout: float | None = None
+    ) -> Iterator[tuple[Any, Any | LostJob]]:
+        """See `WorkingGrid.work`."""
+        return self._pool.work(jobs, shared, timeout)
 
     def _execute(self, tasks: Sequence[Task], timeout: float | None) -> Iterator[tuple[int, Outcome]]:
         return self._pool.run(tasks, timeout)

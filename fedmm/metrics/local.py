@@ -26,7 +26,7 @@ def predict(model: MultimodalModel, data: ClientData) -> Outputs:
     model.eval()
     axis = data.y.dim() - 1
     parts = []
-    for start in range(0, len(data), _CHUNK):
+    for start in range(0, max(len(data), 1), _CHUNK):
         size = min(_CHUNK, len(data) - start)
         x = {m: t.narrow(axis, start, size) for m, t in data.x.items()}
         parts.append(model(x, {m: p.narrow(axis, start, size) for m, p in data.present.items()}))
