@@ -23,7 +23,7 @@ from torch import Tensor
 from fedmm import seeding
 from fedmm.models.blocks import block_of, is_float
 from fedmm.types import Tensors
-from server.aggregation import Update
+from server.aggregation import Gathered, Update
 from server.facts import Federates, Knowledge
 
 Matrix: TypeAlias = npt.NDArray[np.floating[Any]]
@@ -153,6 +153,7 @@ class Directions(Knowledge):
     """
 
     bootstrap = True
+    deltas = "encoder."
 
     def __init__(self, federates: Federates) -> None:
         super().__init__(federates)
@@ -167,7 +168,16 @@ class Directions(Knowledge):
             names = self.covered(key, sent)
             length = sum(sent[n].numel() for n in names)
             self._vectors(key, length)
-            fresh = [u for u in updates if self.refreshes(key, u.modalities, u.complete, bootstrap)]
+            refreshed = {u.client: u for u in updates if self.refreshes(key, u.modalities, u.complete, bootstrap)}
+            for change in updates.changes if isinstance(updates, Gathered) else ():
+                mine = [i for i, client in enumerate(change.clients) if client in refreshed]
+                if mine:
+                    parts = [
+                        change.rows[n] if n in change.rows else sent[n].new_zeros(len(change.clients), sent[n].numel())
+                        for n in names
+                    ]
+                    self.learn_rows(key, [change.clients[i] for i in mine], torch.cat(parts, 1)[mine])
+            fresh = [u for u in refreshed.values() if u.model]
             step = max(1, _CHUNK // max(1, length))
             for some in (fresh[i : i + step] for i in range(0, len(fresh), step)):
                 rows = torch.stack(
@@ -263,6 +273,8 @@ class Directions(Knowledge):
 
 class WholeDirections(Directions):
     """Last update direction of every client over all blocks: DivFL's vectors."""
+
+    deltas = ""
 
     def kinds(self) -> tuple[str, ...]:
         """All blocks together."""

@@ -31,10 +31,12 @@ class Knowledge:
     Class attributes:
         requests: Statistics wanted with each update.
         bootstrap: All clients must be asked once before the first round.
+        deltas: Prefix of the tensors whose change by each client `learn` needs ("" for all); None: of none.
     """
 
     requests: ClassVar[frozenset[str]] = frozenset()
     bootstrap: ClassVar[bool] = False
+    deltas: ClassVar[str | None] = None
 
     def __init__(self, federates: Federates) -> None:
         self.federates = federates
@@ -45,7 +47,10 @@ class Knowledge:
         return {}
 
     def learn(self, sent: Tensors, updates: Sequence[Update]) -> None:
-        """Take in a round's admitted updates, sorted by client. `sent` is the model that they started from."""
+        """Take in a round's admitted updates, sorted by client. `sent` is the model that they started from.
+
+        Updates that workers have added up hold no model; `updates.changes` then tells how those models moved.
+        """
 
     def metrics(self) -> dict[tuple[str, str], float]:
         """(modality or "fused", metric) -> value, for the round's record."""

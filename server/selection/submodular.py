@@ -17,7 +17,7 @@ and resolves the conflict at each greedy step by the imbalance of the weak candi
 
 Up to 10,000 clients these sums are exact. Above, `route: auto` estimates them (`route` fixes either way):
 
-    candidates: max(4 m, 10,000) random ones; each greedy step looks at the same share of them as the method says
+    candidates: max(4 m, 20,000) random ones; each greedy step looks at the same share of them as the method says
     demand k:   max(25 m, 10,000) random clients instead of V
     distances:  between fresh sketches of 64 numbers, computed as needed, never stored
 """
@@ -39,13 +39,17 @@ WIDTH = 64
 """Numbers of a vector's sketch in the sampled route: distances with a standard error of about 9 %."""
 
 SITES = 4
-"""Candidates for each client to pick in the sampled route."""
+"""Candidates for each client to pick in the sampled route, and no fewer than `FEWEST_SITES`."""
 
-FEWEST = 10_000
-"""Fewest candidates and fewest demand points of the sampled route."""
+FEWEST_SITES = 20_000
 
 DEMAND = 25
-"""Demand points for each client to pick in the sampled route: with few, picks would fit the sample."""
+"""Demand points for each client to pick in the sampled route, and no fewer than `FEWEST_DEMAND`.
+
+With few of them the picks would fit the sample instead of everybody.
+"""
+
+FEWEST_DEMAND = 10_000
 
 
 @dataclass(frozen=True)
@@ -112,8 +116,8 @@ class _Greedy(Selector):
         clients, pool = len(situation.federates.owned), len(situation.candidates)
         if not self.sampled(clients):
             return pool, clients
-        sites = pool if self.greedy == "plain" else min(pool, max(SITES * count, FEWEST))
-        return sites, min(clients, max(DEMAND * count, FEWEST))
+        sites = pool if self.greedy == "plain" else min(pool, max(SITES * count, FEWEST_SITES))
+        return sites, min(clients, max(DEMAND * count, FEWEST_DEMAND))
 
     def _step(self, situation: Situation, count: int) -> int | None:
         """How many random sites a greedy step looks at; None: all."""

@@ -147,12 +147,12 @@ def test_sketched_distances_are_unbiased_and_within_their_tolerance(width):
     rng = np.random.default_rng(0)
     # Few large coordinates among many small ones, as gradients have them.
     v = torch.tensor(rng.normal(size=(50, 70_000)) * rng.lognormal(0, 1.5, 70_000), dtype=torch.float32)
-    exact, estimate = distances(v), distances(sketch(v, width, seed=7))
     pairs = np.triu_indices(50, 1)
-    ratio = (estimate[pairs] / exact[pairs]) ** 2
+    estimates = np.stack([distances(sketch(v, width, seed))[pairs] for seed in range(8)])
+    ratio = (estimates / distances(v)[pairs]) ** 2
     assert ratio.mean() == pytest.approx(1, abs=0.05)
     assert ratio.std() < 1.2 * (2 / width) ** 0.5
-    assert np.abs(np.sqrt(ratio) - 1).max() < 5 / (2 * width) ** 0.5
+    assert np.abs(np.sqrt(ratio) - 1).max() < 6 / (2 * width) ** 0.5
 
 
 def test_a_sketch_is_linear_repeatable_and_alone_decided_by_its_seed():

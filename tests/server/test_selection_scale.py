@@ -41,7 +41,8 @@ def near(vectors, picked, demand):
 @pytest.fixture
 def small_samples(monkeypatch):
     """The sampled route really samples, already with a few hundred clients."""
-    monkeypatch.setattr(submodular, "FEWEST", 150)
+    monkeypatch.setattr(submodular, "FEWEST_SITES", 150)
+    monkeypatch.setattr(submodular, "FEWEST_DEMAND", 150)
 
 
 @pytest.mark.parametrize("selector", [DivFL(), CMSFed()])
@@ -130,14 +131,14 @@ def test_a_tenth_of_the_sites_a_quarter_of_the_demand_and_sketches_cost_little()
 
 
 def test_many_clients():
-    """20,000 clients take the sampled route by themselves and are covered better than at random."""
-    seen = situation(20_000, width=16, clusters=60)
+    """25,000 clients take the sampled route by themselves and are covered better than at random."""
+    seen = situation(25_000, width=16, clusters=60)
     vectors = seen.knowledge["whole_directions"].vectors("whole").numpy()
     picks = [p.client for p in DivFL().select(seen, 60, numpy_rng(0, "selection"))]
     assert len(set(picks)) == 60
     rng = np.random.default_rng(0)
-    demand = rng.choice(20_000, 4000, replace=False)
-    random = np.mean([near(vectors, rng.choice(20_000, 60, replace=False), demand) for _ in range(5)])
+    demand = rng.choice(25_000, 4000, replace=False)
+    random = np.mean([near(vectors, rng.choice(25_000, 60, replace=False), demand) for _ in range(5)])
     assert near(vectors, picks, demand) < 0.9 * random
 
 
