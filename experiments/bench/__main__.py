@@ -15,7 +15,6 @@ from experiments.bench import gpu, machine, session
 from experiments.bench.launch import pfl_interpreter
 from experiments.bench.output import show, write
 from experiments.bench.suites import suites
-from experiments.bench.workloads import has_cohorts, has_precision
 
 OUT = Path("experiments/results/bench")
 PFL_VENV = Path(tempfile.gettempdir()) / "pfl_venv"
@@ -54,10 +53,6 @@ def main(
             notes.append(f"pfl was left out: it could not be installed into {pfl_venv}.")
             chosen = [replace(s, contestants=tuple(c for c in s.contestants if c.program != "pfl")) for s in chosen]
             chosen = [s for s in chosen if s.cells()]
-    if not has_cohorts():
-        notes.append("This version trains clients one after another only (no engine.cohort).")
-    if not has_precision():
-        notes.append("Equality was checked in float32 (no train.precision).")
     about = machine.describe()
     records: list[dict[str, Any]] = []
     checks = session.check_equality(chosen, python, say) if check else []

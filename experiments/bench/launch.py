@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 
 import fedmm
 from experiments.bench.bare import for_strangers, lay_out
-from experiments.bench.workloads import Precision, Workload, has_cohorts
+from experiments.bench.workloads import Precision, Workload
 from fedmm.engines.flower import ENVIRONMENT
 from fedmm.engines.processes import kill_tree
 from fedmm.errors import RunError
@@ -51,28 +51,17 @@ class Contestant:
         return replace(self, name=f"{self.name} x{workers}", engine=self.engine | {"workers": workers})
 
 
-def _engine(name: str, cohort: str | None = None) -> dict[str, Any]:
-    return {"name": name, "workers": 2} | ({"cohort": cohort} if cohort and has_cohorts() else {})
-
-
-COHORTS = ("off", "on", "auto") if has_cohorts() else (None,)
-"""Without the field there is one way to train: one client after another."""
-
-
-def _name(engine: str, cohort: str | None) -> str:
-    return engine if cohort in (None, "auto") else f"{engine}, cohort {cohort}"
+def _ours(engine: str, cohort: str) -> Contestant:
+    name = engine if cohort == "auto" else f"{engine}, cohort {cohort}"
+    return Contestant(name, "ours", {"name": engine, "workers": 2, "cohort": cohort})
 
 
 BARE = Contestant("bare loop", "bare", {"name": "inproc"})
-INPROC = Contestant("inproc", "ours", _engine("inproc", "auto"))
-RAY = Contestant("ray", "ours", _engine("ray", "auto"))
-FLOWER = Contestant("Flower", "flower", _engine("ray", "off"))
+INPROC_ALONE, INPROC_STACKED, INPROC = (_ours("inproc", cohort) for cohort in ("off", "on", "auto"))
+RAY_ALONE, RAY_STACKED, RAY = (_ours("ray", cohort) for cohort in ("off", "on", "auto"))
+FLOWER = Contestant("Flower", "flower", {"name": "ray", "workers": 2, "cohort": "off"})
 PFL = Contestant("pfl", "pfl", {"name": "inproc"})
-OURS = tuple(
-    Contestant(_name(engine, cohort), "ours", _engine(engine, cohort))
-    for engine in ("inproc", "ray")
-    for cohort in COHORTS
-)
+OURS = (INPROC_ALONE, INPROC_STACKED, INPROC, RAY_ALONE, RAY_STACKED, RAY)
 EVERYBODY = (BARE, *OURS, FLOWER, PFL)
 
 

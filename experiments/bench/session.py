@@ -9,9 +9,9 @@ from statistics import median
 from typing import Any
 
 from experiments.bench.figures import distance
-from experiments.bench.launch import BARE, INPROC, OURS, Contestant, Run, launch
+from experiments.bench.launch import BARE, INPROC_ALONE, Contestant, Run, launch
 from experiments.bench.suites import Suite
-from experiments.bench.workloads import Precision, Workload, has_precision
+from experiments.bench.workloads import Precision, Workload
 from fedmm.errors import RunError
 from fedmm.types import Tensors
 
@@ -42,32 +42,42 @@ class Check:
 
 
 def reference(workload: Workload) -> Contestant:
-    """Whom everybody must agree with: the bare loop, or, for methods that it cannot do, our plainest engine."""
-    return BARE if workload.plain else next((c for c in OURS if c.name == "inproc, cohort off"), INPROC)
+    """Whom everybody must agree with: the bare loop, or, for methods that it cannot do, clients one by one."""
+    return BARE if workload.plain else INPROC_ALONE
 
 
 def check_equality(suites: Sequence[Suite], pfl_python: Path | None, say: Say) -> list[Check]:
     """One round of every contestant on one workload of each kind of model and method, against the reference.
 
-    float64 where `train.precision` exists; pfl keeps differences of models in float32, so it is checked in float32.
+    In float64, but for pfl, which keeps differences of models in float32.
     """
-    checks = []
-    for workload, contestants in _meetings(suites):
-        references: dict[Precision, Tensors] = {}
-        for contestant in contestants:
-            best: Precision = "float64" if has_precision() and contestant.program != "pfl" else "float32"
-            judge = reference(workload)
-            say(f"equality: {workload.name}, {contestant.name}, {best}")
-            gap, reason = float("inf"), ""
-            try:
-                if best not in references:
-                    references[best] = launch(judge, workload, warmup=0, rounds=1, precision=best).weights
-                run = launch(contestant, workload, warmup=0, rounds=1, precision=best, pfl_python=pfl_python)
-                gap = distance(run.weights, references[best])
-            except (RunError, ValueError) as error:
-                reason = str(error)
-            checks.append(Check(workload.name, contestant.name, judge.name, best, gap, TOLERANCE[best], reason))
-    return checks
+    return [
+        check
+        for workload, contestants in _meetings(suites)
+        for precision in ("float64", "float32")
+        if (guests := [c for c in contestants if (c.program == "pfl") == (precision == "float32")])
+        for check in _checks(workload, guests, precision, pfl_python, say)
+    ]
+
+
+def _checks(
+    workload: Workload, contestants: Sequence[Contestant], precision: Precision, pfl_python: Path | None, say: Say
+) -> Iterator[Check]:
+    judge = reference(workload)
+    expected: Tensors | None = None
+    for contestant in (judge, *contestants):
+        say(f"equality: {workload.name}, {contestant.name}, {precision}")
+        gap, reason = float("inf"), ""
+        try:
+            run = launch(contestant, workload, warmup=0, rounds=1, precision=precision, pfl_python=pfl_python)
+            expected = run.weights if expected is None else expected
+            gap = distance(run.weights, expected)
+        except (RunError, ValueError) as error:
+            reason = str(error)
+        if contestant is not judge or reason:
+            yield Check(workload.name, contestant.name, judge.name, precision, gap, TOLERANCE[precision], reason)
+        if expected is None:
+            return
 
 
 def _meetings(suites: Sequence[Suite]) -> Iterator[tuple[Workload, list[Contestant]]]:

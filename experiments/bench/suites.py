@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from experiments.bench.launch import BARE, EVERYBODY, FLOWER, INPROC, OURS, PFL, RAY, Contestant
+from experiments.bench.launch import BARE, EVERYBODY, FLOWER, INPROC, INPROC_ALONE, INPROC_STACKED, PFL, RAY, Contestant
 from experiments.bench.machine import cores
 from experiments.bench.workloads import (
     METHODS,
@@ -77,7 +77,7 @@ def suites(quick: bool) -> list[Suite]:
     many = next(w for w in ROUNDS if w.sampled == 100)
     return [
         Suite("rounds", "A round", ROUNDS, EVERYBODY),
-        Suite("methods", "Methods", METHODS, (*OURS, FLOWER)),
+        Suite("methods", "Methods", METHODS, (INPROC_ALONE, INPROC_STACKED, INPROC, RAY, FLOWER)),
         Suite("sampled", "Clients a round, of 1,000", SAMPLED, some, "sampled", warmup=1, rounds=3, repeats=3),
         Suite("registered", "Registered clients, 100 a round", REGISTERED, some, "registered", 1, 3, repeats=3),
         Suite("sizes", "Size of the model, 20 clients x 33", SIZES, some, "parameters", warmup=1, rounds=3, repeats=3),

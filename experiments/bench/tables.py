@@ -47,6 +47,8 @@ FIGURES = (
 )
 OVERHEAD = Figure("training_share", "% of a round outside forward, backward and update")
 
+REASON = 160
+
 AGAINST = (
     ("Flower", "ray"),
     ("Flower", "inproc"),
@@ -151,7 +153,7 @@ def equality_table(checks: Sequence[Check]) -> Table:
             c.contestant,
             c.reference,
             c.precision,
-            c.reason or f"{c.distance:.1e}",
+            f"... {c.reason[-REASON:]}" if c.reason else f"{c.distance:.1e}",
             f"{c.tolerance:.0e}",
             "equal" if c.passed else "DIFFERENT",
         )

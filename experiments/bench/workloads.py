@@ -16,7 +16,7 @@ import numpy as np
 
 from fedmm.config.layers import Layer, flatten
 from fedmm.config.load import resolve
-from fedmm.config.schema import Config, DataConfig, EngineConfig, TrainConfig
+from fedmm.config.schema import Config, DataConfig
 from fedmm.data.common import DATA_SEED
 from fedmm.seeding import numpy_rng
 from fedmm.types import Dataset, Kind, ModalitySpec
@@ -72,9 +72,9 @@ class Workload:
         Args:
             engine: The `engine` section.
             rounds: Rounds that will be looked at.
-            precision: Of model and data; float64 needs `train.precision`.
+            precision: Of model and data.
         """
-        train: dict[str, Any] = {
+        train = {
             "rounds": rounds + 1,
             "clients_per_round": self.sampled,
             "local_epochs": 2,
@@ -82,9 +82,8 @@ class Workload:
             "lr": 0.05,
             "momentum": 0.9,
             "weight_decay": 0.0,
+            "precision": precision,
         }
-        if precision != "float32":
-            train["precision"] = precision
         values: dict[str, Any] = {
             "method": self.method,
             "data": {
@@ -105,16 +104,6 @@ class Workload:
             "engine": engine,
         }
         return resolve([Layer("benchmark", flatten(values, "benchmark"))]).config
-
-
-def has_precision() -> bool:
-    """Whether runs can be made in float64."""
-    return "precision" in TrainConfig.model_fields
-
-
-def has_cohorts() -> bool:
-    """Whether the engines can train many clients at once."""
-    return "cohort" in EngineConfig.model_fields
 
 
 def mlp(cfg: DataConfig) -> Dataset:
