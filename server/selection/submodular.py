@@ -20,6 +20,16 @@ Up to 10,000 clients these sums are exact. Above, `route: auto` estimates them (
     candidates: max(4 m, 20,000) random ones; each greedy step looks at the same share of them as the method says
     demand k:   max(25 m, 10,000) random clients instead of V
     distances:  between fresh sketches of 64 numbers, computed as needed, never stored
+
+What that costs, on synthetic clusters (`python -m experiments.bench.selection`; one core, cost relative to plain
+exact greedy and to random clients):
+
+    exact      1,000 of 10,000    plain 0.5 s, stochastic 0.4 s + 0.5 %;   0.82 of random
+    sampled      200 of 2,000     everybody is a candidate and in demand, sketches alone: + 1.2 %
+                  20 of 2,000     likewise + 2.0 %; a tenth as candidates and a quarter as demand: + 4.8 %
+               1,000 of 100,000   DivFL 6.3 s, CMSFed 12.8 s, 0.44 GB in all;   0.88 and 0.80 of random
+
+`metrics` says which route was taken. The sampled route repeats to the bit on one machine and number of threads.
 """
 
 from __future__ import annotations
