@@ -11,7 +11,7 @@ trained alone and in company comes out the same to the last bit (float64 or not)
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from time import perf_counter
@@ -21,7 +21,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from clients.trainer import LocalSchedule
+from clients.trainer import LocalSchedule, gradients_of
 from fedmm import seeding
 from fedmm.data.federation import Pool
 from fedmm.metrics.local import STATISTICS
@@ -110,7 +110,10 @@ def train_stack(
     starts = torch.as_tensor(pool.starts[[m.client for m in members]], device=pool.y.device)
     model = stack.model
     stack.bind({n: stack.expand(n, t, count) for n, t in received.items()})
-    sight = {n: t.expand(count, *t.shape) for n, t in broadcast.items()}
+    sight = {
+        n: stack.expand(n.removeprefix("model."), t, count) if n.startswith("model.") else t.expand(count, *t.shape)
+        for n, t in broadcast.items()
+    }
     own: list[ClientData] = []
 
     def everything() -> ClientData:
@@ -129,8 +132,26 @@ def train_stack(
     blocks = set(objective.trained_blocks(blocks_of(received), tuple(names)))
     trained = [n for n in received if block_of(n) in blocks]
     model.train()
+
+    def renew(rows: Tensor) -> Tensors:
+        return objective.renew(model, _rows(everything().only(names), rows), {n: t[rows] for n, t in state.items()})
+
+    renews = type(objective).renew is not Objective.renew
     weights, losses = _train(
-        stack, received, trained, objective, pool, members, names, starts, plan, state, seed, round, meter
+        stack,
+        received,
+        trained,
+        objective,
+        pool,
+        members,
+        names,
+        starts,
+        plan,
+        state,
+        renew if renews else None,
+        seed,
+        round,
+        meter,
     )
     model.eval()
     stack.bind({n: stack.expand(n, t, count) for n, t in received.items() if n not in weights} | weights)
@@ -213,28 +234,40 @@ def _train(
     starts: Tensor,
     plan: _Plan,
     state: Tensors,
+    renew: Callable[[Tensor], Tensors] | None,
     seed: int,
     round: int,
     meter: Meter,
 ) -> tuple[Tensors, Tensor]:
-    """All steps; the trained tensors [K, ...] in the stack's layout, and the sum of losses over the last epoch [K]."""
+    """All steps; the trained tensors [K, ...] in the stack's layout, and the sum of losses over the last epoch [K].
+
+    `state` is left as the last step of each client left it.
+    """
     count, device = len(members), pool.y.device
     rows = torch.as_tensor(_batches(plan, members, seed, round), device=device)
     place = torch.arange(rows.shape[2], device=device)
     sizes = torch.as_tensor(plan.sizes, device=device)
     real = place < sizes.unsqueeze(-1)
-    shares = (real / sizes.unsqueeze(-1).clamp(min=1)).to(next(iter(received.values())).dtype)
+    shares = real.to(next(iter(received.values())).dtype) / sizes.unsqueeze(-1).clamp(min=1)
     last = torch.as_tensor(np.arange(rows.shape[1])[None, :] >= (plan.steps - plan.epoch_steps)[:, None], device=device)
     counted = (sizes * last).to(torch.float64)
     noisy = type(objective).noise is not Objective.noise
     generators = [seeding.torch_rng(seed, "noise", round, m.client) for m in members] if noisy else []
     total = torch.zeros(count, dtype=torch.float64, device=device)
     optimiser = _StackedSGD(stack, received, trained, count, members[0].schedule)
+    kept = [n for n in state if n.startswith("kept.")]
     active, mine = -1, state
     for step in range(rows.shape[1]):
         now = int((plan.steps > step).sum())
         if now != active:
             active = now
+            mine = {n: t[:active] for n, t in state.items()}
+            optimiser.narrow(active)
+        if renew is not None and (begun := np.flatnonzero(step % plan.epoch_steps[:active] == 0)).size and step:
+            which = torch.as_tensor(begun, device=device)
+            optimiser.show(which)
+            for n, fresh in renew(which).items():
+                state[n] = state[n].index_copy(0, which, fresh)
             mine = {n: t[:active] for n, t in state.items()}
             optimiser.narrow(active)
         width = _up(int(plan.sizes[:active, step].max()))
@@ -245,14 +278,22 @@ def _train(
                 parameters = optimiser.parameters()
                 seen = dict(mine)
                 losses = objective.losses(stack.model, batch, seen)
-                loss, parts = losses[part], len(losses)
-                found = torch.autograd.grad(loss.sum(), list(parameters.values()), allow_unused=True)
-                gradients = {n: g for n, g in zip(parameters, found, strict=True) if g is not None}
+                if objective.one_step:
+                    loss, parts = torch.stack(losses).sum(0), 1
+                    with torch.no_grad():
+                        gradients = objective.combine(gradients_of(losses, parameters), parameters, seen)
+                else:
+                    loss, parts = losses[part], len(losses)
+                    found = torch.autograd.grad(loss.sum(), list(parameters.values()), allow_unused=True)
+                    gradients = {n: g for n, g in zip(parameters, found, strict=True) if g is not None}
                 if noisy:
                     seen |= _noise(stack, objective, parameters, generators[:active])
                 with torch.no_grad():
                     gradients = objective.edit_gradients(gradients, parameters, seen)
                     optimiser.step(gradients)
+            for n in kept:
+                mine[n] = seen[n].detach()
+                state[n] = mine[n] if active == count else torch.cat([mine[n], state[n][active:]])
             total[:active] += loss.detach().to(torch.float64) * counted[:active, step]
             part += 1
     return optimiser.weights(), total.cpu()
@@ -286,6 +327,17 @@ def _whole(pool: Pool, starts: Tensor, samples: Counts, modalities: Sequence[str
         torch.where(real, pool.y[at], 0),
         pool.classes,
         real,
+    )
+
+
+def _rows(data: ClientData, rows: Tensor) -> ClientData:
+    """Some clients of a stack."""
+    return ClientData(
+        {m: x[rows] for m, x in data.x.items()},
+        {m: p[rows] for m, p in data.present.items()},
+        data.y[rows],
+        data.classes,
+        None if data.real is None else data.real[rows],
     )
 
 
@@ -323,6 +375,10 @@ class _StackedSGD:
         """Go on with the first `active` clients."""
         self._active, self._bound = active, None
         self._stack.bind({n: w[:active] for n, w in self._fixed.items()})
+
+    def show(self, rows: Tensor) -> None:
+        """Bind the weights of some clients to the twin, to look at; `narrow` goes on."""
+        self._stack.bind({n: t[rows] for n, t in (self._fixed | self._w).items()})
 
     def parameters(self) -> Tensors:
         """The active clients' tensors, as parameters of the twin."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -45,7 +45,13 @@ class LocalResult:
 
 
 def batches(
-    objective: Objective, data: ClientData, state: Tensors, schedule: LocalSchedule, seed: int, *path: int
+    objective: Objective,
+    data: ClientData,
+    state: Tensors,
+    schedule: LocalSchedule,
+    seed: int,
+    *path: int,
+    renew: Callable[[], None] | None = None,
 ) -> Iterator[tuple[int, Batch]]:
     """(epoch, batch) of every batch, as the objective draws them.
 
@@ -56,9 +62,12 @@ def batches(
         schedule: Epochs and batch size.
         seed: Run seed.
         *path: Round and client, for the stream of permutations.
+        renew: Called before each epoch but the first; may change the entries of `state`.
     """
     generator = seeding.torch_rng(seed, "batches", *path)
     for epoch in range(schedule.epochs):
+        if epoch and renew is not None:
+            renew()
         for batch in objective.batches(data, state, schedule.batch_size, generator):
             yield epoch, batch
 
@@ -89,26 +98,38 @@ def train(
     state = objective.begin(model, shown, broadcast)
     blocks = set(objective.trained_blocks(blocks_of(model.state_dict()), shown.modalities))
     parameters: dict[str, Tensor] = {n: p for n, p in model.named_parameters() if block_of(n) in blocks}
+    kept = [n for n in state if n.startswith("kept.")]
     momenta: Tensors = {}
     noise = seeding.torch_rng(seed, "noise", *path)
     model.train()
     total, steps = torch.zeros((), dtype=torch.float64), 0
     met: set[str] = set()
-    for epoch, batch in batches(objective, shown, state, schedule, seed, *path):
+
+    def renew() -> None:
+        state.update(objective.renew(model, shown, state))
+
+    for epoch, batch in batches(objective, shown, state, schedule, seed, *path, renew=renew):
         met |= set(batch.x)
         step, parts = 0, 1
         while step < parts:
             # A later loss of the same batch sees the weights that the earlier one left.
             seen = dict(state)
             losses = objective.losses(model, batch, seen)
-            loss, parts = losses[step], len(losses)
-            for p in parameters.values():
-                p.grad = None
-            loss.backward()  # type: ignore[no-untyped-call]
-            gradients = {n: p.grad for n, p in parameters.items() if p.grad is not None}
+            if objective.one_step:
+                loss, parts = torch.stack(losses).sum(0), 1
+                with torch.no_grad():
+                    gradients = objective.combine(gradients_of(losses, parameters), parameters, seen)
+            else:
+                loss, parts = losses[step], len(losses)
+                for p in parameters.values():
+                    p.grad = None
+                loss.backward()  # type: ignore[no-untyped-call]
+                gradients = {n: p.grad for n, p in parameters.items() if p.grad is not None}
             seen |= objective.noise(parameters, noise)
-            gradients = objective.edit_gradients(gradients, parameters, seen)
+            with torch.no_grad():
+                gradients = objective.edit_gradients(gradients, parameters, seen)
             sgd_step(parameters, gradients, momenta, schedule)
+            state |= {n: seen[n].detach() for n in kept}
             step, steps = step + 1, steps + 1
             if epoch == schedule.epochs - 1:
                 total += loss.detach().to(torch.float64) * len(batch.y)
@@ -116,6 +137,20 @@ def train(
     blocks -= {b for b in optional if modality_of(b) not in met}
     trained = {n: t.detach() for n, t in model.state_dict().items() if block_of(n) in blocks}
     return LocalResult(trained, objective.end(model, shown, state), float(total) / max(len(shown), 1), steps)
+
+
+def gradients_of(losses: Sequence[Tensor], parameters: Tensors) -> list[Tensors]:
+    """Gradient of each loss at the same weights, without the tensors that it does not reach.
+
+    Losses of a stack, [K] each, are added up over its clients, which share no parameter.
+    """
+    found = []
+    for i, loss in enumerate(losses):
+        raw = torch.autograd.grad(
+            loss.sum(), list(parameters.values()), retain_graph=i + 1 < len(losses), allow_unused=True
+        )
+        found.append({n: g for n, g in zip(parameters, raw, strict=True) if g is not None})
+    return found
 
 
 @torch.no_grad()

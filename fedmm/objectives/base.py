@@ -2,11 +2,16 @@
 
 Life of an objective in one round, on one client:
 
-    state = begin(model, data, broadcast)            once; `model` holds the received global weights
-    for each batch of batches(data, state, size, generator), which is one epoch:
-        for loss in losses(model, batch, step):      one optimiser step each; `step` begins as a copy of `state`
-            gradients = edit_gradients(gradients of loss, parameters, step | noise(parameters, generator))
-    report = end(model, data, state)                 once; sums and counts for the server
+    state = begin(model, data, broadcast)                once; `model` holds the received global weights
+    for each epoch:
+        state |= renew(model, data, state)               from the second epoch on
+        for each batch of batches(data, state, size, generator):
+            for loss in losses(model, batch, step):      one optimiser step each; `step` begins as a copy of `state`
+                gradients = edit_gradients(gradients of loss, parameters, step | noise(parameters, generator))
+    report = end(model, data, state)                     once; sums and counts for the server
+
+With `one_step` a batch has one optimiser step: the gradient of each loss is taken at the same weights, `combine`
+makes one of them, and `edit_gradients` sees that one.
 
 Two rules carry everything else:
 
@@ -14,12 +19,14 @@ Two rules carry everything else:
    as one batched computation. Branching on which modalities a batch has is fine: it is fixed for a client.
 2. State is tensors keyed by name: it can be stacked over clients, checkpointed and sent. Tensors whose name begins
    with "sample." have one row a training sample and are addressed with `batch.rows`. What `losses` finds and
-   `edit_gradients` needs, `losses` adds to the state that it is given: it lives for one step.
+   `edit_gradients` needs, `losses` adds to the state that it is given: it lives for one step. Tensors whose name
+   begins with "kept." live on: `begin` makes them, and what a step puts in their place the next step finds. Server
+   knowledge whose name begins with "model." has the shape of the model's tensor of that name.
 
 An objective that sets `stacks` is also called with K clients at once. Then every tensor that it meets (model, data,
 broadcast, batch, state, gradients, parameters) has a leading axis of K, and everything that it returns must have it
 too. Shapes are therefore written [..., B, C]: reduce over samples with `batch.mean` and `masked_mean`, over classes
-with -1, and never over all axes.
+with -1, and never over all axes. Weights of linear layers are [K, in, out] in a stack, not [out, in].
 """
 
 from __future__ import annotations
@@ -46,13 +53,21 @@ class Objective:
         needs: Server knowledge that must be broadcast ("prototypes", "confidence"); see `server/knowledge.py`.
         requires: Model parts that must exist ("projector", "unimodal_heads").
         least_modalities: Fewest modalities for which the method means anything.
-        stacks: Whether K clients can be given at once (see the module's text); if not, they train one by one.
+        stacks: Whether K clients can be given at once (see the module's text); if not, they train one by one. Each
+            class says so for itself: what a subclass changes may not know of stacks.
+        one_step: Whether the losses of a batch share one optimiser step (see `combine`).
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()
     requires: ClassVar[frozenset[str]] = frozenset()
     least_modalities: ClassVar[int] = 1
     stacks: ClassVar[bool] = False
+    one_step: ClassVar[bool] = False
+
+    @classmethod
+    def stackable(cls) -> bool:
+        """Whether this very class sets `stacks`."""
+        return bool(vars(cls).get("stacks", False))
 
     def knowledge(self) -> frozenset[str]:
         """Server knowledge wanted with these hyper-parameters."""
@@ -60,6 +75,10 @@ class Objective:
 
     def begin(self, model: MultimodalModel, data: ClientData, broadcast: Tensors) -> Tensors:
         """State of this round. `broadcast` has "round" (int64 scalar, from 0) and the server's knowledge."""
+        return {}
+
+    def renew(self, model: MultimodalModel, data: ClientData, state: Tensors) -> Tensors:
+        """What changes in the state before each epoch but the first; `model` is the one in training."""
         return {}
 
     def batches(self, data: ClientData, state: Tensors, size: int, generator: torch.Generator) -> Iterator[Batch]:
@@ -77,6 +96,11 @@ class Objective:
         Named and shaped like `parameters`, behind a prefix that ends in a dot: each client of a stack draws for itself.
         """
         return {}
+
+    def combine(self, gradients: Sequence[Tensors], parameters: Tensors, state: Tensors) -> Tensors:
+        """One gradient from those of the losses (`one_step`), here their sum; a pure function of named tensors."""
+        names = dict.fromkeys(n for g in gradients for n in g)
+        return {n: torch.stack([g[n] for g in gradients if n in g]).sum(0) for n in names}
 
     def edit_gradients(self, gradients: Tensors, parameters: Tensors, state: Tensors) -> Tensors:
         """Change the gradients of one step; a pure function of named tensors."""

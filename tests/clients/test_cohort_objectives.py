@@ -1,0 +1,104 @@
+"""Every objective that stacks: clients trained together end where each ends alone, to 1e-12 of its weights.
+
+Clients differ in samples, steps, local epochs and batch size; samples lack modalities and hold NaN there.
+"""
+
+import numpy as np
+import pytest
+import tiny
+import torch
+
+from clients.cohort import Member, train_stack
+from clients.trainer import LocalSchedule, train
+from fedmm import seeding
+from fedmm.config.schema import Plugin
+from fedmm.data.federation import Pool
+from fedmm.models.stacked import Stack
+from fedmm.objectives import OBJECTIVES, build_objective
+
+MODALITIES = tiny.names(3)
+SIZES = (13, 40, 9, 27, 21)
+OWNED = {"all": MODALITIES, "two": ("m1", "m3"), "one": ("m2",)}
+ROUND = 6
+SCHEDULES = [LocalSchedule(1 + k % 3, 6 + k, 0.05, 0.9, 1e-3, clip=0.7) for k in range(len(SIZES))]
+PLAIN = [LocalSchedule(2, 8, 0.05, 0.0, 0.0)] * len(SIZES)
+VARIANTS = [
+    {"name": "prox", "mu": 0.5},
+    {"name": "infiltration", "dominance": "round_global", "prox_mu": 0.1},
+    {"name": "infiltration", "teacher": "local"},
+    {"name": "prototypes", "variant": "v1"},
+    {"name": "prototypes", "weak": "all"},
+    {"name": "negative", "guide": "global", "competitor": "per_modality", "reduction": "code", "extra": True},
+    {"name": "ogm", "reference": "others", "enhance": False},
+]
+CASES = [{"name": n} for n, kind in OBJECTIVES.items() if kind.stacks] + VARIANTS
+
+
+def pool(owned):
+    clients = [tiny.data(MODALITIES, n, seed, 0.3).only(owned) for seed, n in enumerate(SIZES)]
+    return Pool(
+        {m: torch.cat([c.x[m] for c in clients]) for m in owned},
+        {m: torch.cat([c.present[m] for c in clients]) for m in owned},
+        torch.cat([c.y for c in clients]),
+        np.cumsum(SIZES) - np.array(SIZES),
+        np.array(SIZES),
+        tiny.CLASSES,
+        frozenset(),
+        (owned,) * len(SIZES),
+    )
+
+
+def knowledge(model):
+    """Whatever any objective may want to be sent."""
+    generator = seeding.torch_rng(0, "knowledge")
+    sent = {"round": torch.tensor(ROUND), "dominant": torch.tensor(2)}
+    for m in MODALITIES:
+        sent[f"prototype.{m}"] = torch.randn(tiny.CLASSES, tiny.FEATURES, generator=generator, dtype=torch.float64)
+        sent[f"prototype_count.{m}"] = torch.tensor([2.0, 0.0, 1.0, 4.0])
+    for n, t in model.state_dict().items():
+        sent[f"model.{n}"] = t + 0.1 * torch.randn(t.shape, generator=generator, dtype=torch.float64)
+    return sent
+
+
+def network(objective):
+    fusion = "sum" if "shared_head" in objective.requires else "concat"
+    return tiny.model(MODALITIES, 0, 2 if "projector" in objective.requires else None, fusion=fusion)
+
+
+def assert_equal(ours, reference, name):
+    assert ours.shape == reference.shape, name
+    scale = max(1.0, float(reference.abs().max())) if reference.numel() else 1.0
+    gap = float((ours - reference).abs().max()) if reference.numel() else 0.0
+    assert gap <= 1e-12 * scale, f"{name} differs by {gap:.3g}"
+
+
+@pytest.mark.parametrize("owned", OWNED)
+@pytest.mark.parametrize("params", CASES, ids=lambda p: "-".join(str(v) for v in p.values()))
+def test_together_as_alone(params, owned):
+    compare(params, owned, SCHEDULES)
+
+
+def test_without_momentum_decay_and_clipping():
+    compare({"name": "joint"}, "all", PLAIN)
+
+
+def compare(params, owned, schedules):
+    objective = build_objective(Plugin(**params))
+    model, samples = network(objective), pool(OWNED[owned])
+    received = {n: t.clone() for n, t in model.state_dict().items()}
+    sent = knowledge(model)
+    order = [2, 4, 0, 3, 1]
+    members = [Member(k, schedules[k]) for k in order]
+    together = train_stack(Stack(model), received, objective, samples, members, OWNED[owned], sent, 3, ROUND)
+    twin = Stack(model)
+    for place, k in enumerate(order):
+        model.load_state_dict(received)
+        alone = train(model, objective, samples.client(k), OWNED[owned], sent, schedules[k], 3, ROUND, k)
+        assert set(together.model) == set(alone.model)
+        for n, t in alone.model.items():
+            assert_equal(twin.plain(n, together.model[n])[place], t, f"{n} of client {k}")
+        assert set(together.report) == set(alone.report)
+        for n, t in alone.report.items():
+            assert_equal(together.report[n][place], t, f"the report's {n} of client {k}")
+        assert int(together.steps[place]) == alone.steps
+        assert float(together.loss[place]) == pytest.approx(alone.loss, rel=1e-12)
