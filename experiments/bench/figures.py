@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from statistics import median
 
 import torch
@@ -45,11 +46,8 @@ def ratios(slow: Sequence[float], fast: Sequence[float]) -> Spread:
 
 
 def number(value: float, digits: int = 3) -> str:
-    """A number with `digits` significant digits and without an exponent."""
-    if value == 0:
-        return "0"
-    text = f"{value:.{digits}g}"
-    return text if "e" not in text else f"{float(text):.0f}" if abs(value) >= 1 else f"{float(text):.10f}".rstrip("0")
+    """A number with `digits` significant digits and without an exponent; 0 below a billionth."""
+    return f"{Decimal(f'{value:.{digits}g}'):f}" if abs(value) > 1e-9 else "0"
 
 
 def distance(a: Tensors, b: Tensors) -> float:

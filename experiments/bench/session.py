@@ -95,11 +95,12 @@ def _meetings(suites: Sequence[Suite]) -> Iterator[tuple[Workload, list[Contesta
 
 
 def measure(suite: Suite, repeats: int, pfl_python: Path | None, say: Say) -> Iterator[dict[str, Any]]:
-    """Run every cell `repeats` times, all cells once before any a second time; a record of each run.
+    """Run every cell `repeats` times, or as often as its suite allows; a record of each run.
 
-    Contestants take turns in being first, so that none always profits from what the one before left.
+    All cells are run once before any a second time. Contestants take turns in being first, so that none always
+    profits from what the one before left.
     """
-    for repeat in range(suite.repeats or repeats):
+    for repeat in range(min(repeats, suite.repeats or repeats)):
         for workload in suite.workloads:
             cells = [c for w, c in suite.cells() if w == workload]
             shift = repeat % len(cells)

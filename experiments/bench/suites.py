@@ -33,7 +33,8 @@ class Suite:
         axis: Attribute of `Workload` that grows from row to row; "" if the rows have no order.
         warmup: Rounds that do not count.
         rounds: Rounds that do.
-        repeats: Runs of each cell; None: as the command line says.
+        repeats: Most runs of each cell; None: as the command line says.
+        patterns: One of these must occur in a cell's path, if there are any.
     """
 
     name: str
@@ -44,18 +45,26 @@ class Suite:
     warmup: int = 2
     rounds: int = 10
     repeats: int | None = None
+    patterns: tuple[str, ...] = ()
 
     def cells(self) -> list[tuple[Workload, Contestant]]:
         """What is run in one repeat, in order: everybody on the first workload, then on the next."""
-        return [(w, c) for w in self.workloads for c in self.contestants if w.plain or c.program in ("ours", "flower")]
+        return [
+            (w, c)
+            for w in self.workloads
+            for c in self.contestants
+            if (w.plain or c.program in ("ours", "flower"))
+            and (not self.patterns or any(p in self.path(w, c) for p in self.patterns))
+        ]
 
     def only(self, patterns: Sequence[str]) -> Suite:
         """What is left if one of the patterns must occur in "suite/workload/contestant"; all without patterns."""
-        kept = {(w, c.name) for w, c in self.cells() if not patterns or any(p in self.path(w, c) for p in patterns)}
+        left = replace(self, patterns=tuple(patterns))
+        kept = left.cells()
         return replace(
-            self,
+            left,
             workloads=tuple(w for w in self.workloads if any(w == one for one, _ in kept)),
-            contestants=tuple(c for c in self.contestants if any(c.name == name for _, name in kept)),
+            contestants=tuple(c for c in self.contestants if any(c == one for _, one in kept)),
         )
 
     def path(self, workload: Workload, contestant: Contestant) -> str:

@@ -131,7 +131,14 @@ def test_ratios_are_taken_repeat_by_repeat():
 
 
 def test_numbers_have_no_exponent():
-    assert [number(v) for v in (0, 1234.5, 0.00012345, 3.14159, 99.96)] == ["0", "1230", "0.000123", "3.14", "100"]
+    assert [number(v) for v in (0, 4e-16, 1234.5, 0.00012345, 3.14159, 99.96)] == [
+        "0",
+        "0",
+        "1230",
+        "0.000123",
+        "3.14",
+        "100",
+    ]
 
 
 def test_distance_is_relative_to_each_tensor_and_a_broken_model_is_infinitely_far():
