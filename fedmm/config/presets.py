@@ -61,6 +61,14 @@ PRESETS: dict[str, Preset] = {
         "Joint loss, the leading modality's encoder is slowed, with noise on the gradients (Peng et al., CVPR 2022).",
         {"objective": "ogm"},
     ),
+    "pmr": Preset(
+        "Joint loss plus a prototype loss on the slower modality, local prototypes (Fan et al., CVPR 2023).",
+        {"objective": "pmr"},
+    ),
+    "fedproto": Preset(
+        "Joint loss plus the global prototypes' loss on every modality: FedProto's idea with averaged weights.",
+        {"objective": {"name": "prototypes", "weak": "all"}},
+    ),
     "divfl": Preset(
         "Joint loss, clients chosen for diverse gradients by submodular maximisation (Balakrishnan et al., ICLR 2022).",
         {"selection": "divfl"},

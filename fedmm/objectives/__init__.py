@@ -11,6 +11,7 @@ from fedmm.objectives.infiltration import Infiltration
 from fedmm.objectives.joint import Auxiliary, Joint, Prox
 from fedmm.objectives.negative import Negative
 from fedmm.objectives.ogm import GradientModulation
+from fedmm.objectives.pmr import PrototypicalRebalance
 from fedmm.objectives.prototypes import Prototypes
 from fedmm.objectives.remixing import Remixing
 from fedmm.plugins import build
@@ -24,6 +25,7 @@ OBJECTIVES: Mapping[str, type[Objective]] = MappingProxyType(
         "prototypes": Prototypes,
         "negative": Negative,
         "ogm": GradientModulation,
+        "pmr": PrototypicalRebalance,
         "remixing": Remixing,
     }
 )

@@ -38,6 +38,7 @@ class Prox(Joint):
         mu: Strength of (mu/2) ||w - w_hat||^2.
     """
 
+    stacks: ClassVar[bool] = True
     mu: float = 0.01
 
     def begin(self, model: MultimodalModel, data: ClientData, broadcast: Tensors) -> Tensors:

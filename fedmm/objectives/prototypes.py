@@ -58,7 +58,7 @@ class Prototypes(Objective):
         """
         names = data.modalities
         unmet = any(f"prototype.{m}" not in broadcast for m in names)
-        local = _local_prototypes(model, data) if unmet or self.variant == "v1" else {}
+        local = local_prototypes(model, data) if unmet or self.variant == "v1" else {}
         sources = {"global": local | broadcast} | ({"local": local} if self.variant == "v1" else {})
         state = {}
         for kind, source in sources.items():
@@ -95,7 +95,8 @@ def _of_class(centres: Tensor, y: Tensor) -> Tensor:
     return centres.gather(-2, y.unsqueeze(-1).expand(*y.shape, centres.shape[-1]))
 
 
-def _local_prototypes(model: MultimodalModel, data: ClientData) -> Tensors:
+def local_prototypes(model: MultimodalModel, data: ClientData) -> Tensors:
+    """The client's own class means "prototype.m" [..., C, d] and counts "prototype_count.m" [..., C], float64."""
     features = predict(model, data).features
     found: Tensors = {}
     for m in data.modalities:
