@@ -65,6 +65,10 @@ PRESETS: dict[str, Preset] = {
         "Joint loss plus a prototype loss on the slower modality, local prototypes (Fan et al., CVPR 2023).",
         {"objective": "pmr"},
     ),
+    "agm": Preset(
+        "Joint loss, a modality ahead of its own history is slowed, by Shapley contributions (Li et al., ICCV 2023).",
+        {"objective": "agm"},
+    ),
     "fedproto": Preset(
         "Joint loss plus the global prototypes' loss on every modality: FedProto's idea with averaged weights.",
         {"objective": {"name": "prototypes", "weak": "all"}},

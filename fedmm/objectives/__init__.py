@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 from fedmm.config.schema import Plugin
+from fedmm.objectives.agm import AdaptiveModulation
 from fedmm.objectives.base import Objective
 from fedmm.objectives.infiltration import Infiltration
 from fedmm.objectives.joint import Auxiliary, Joint, Prox
@@ -26,6 +27,7 @@ OBJECTIVES: Mapping[str, type[Objective]] = MappingProxyType(
         "negative": Negative,
         "ogm": GradientModulation,
         "pmr": PrototypicalRebalance,
+        "agm": AdaptiveModulation,
         "remixing": Remixing,
     }
 )
