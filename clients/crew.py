@@ -173,7 +173,8 @@ class _Crew:
     """One job: recursion over the tree of its places, a stack or a single client at the leaves."""
 
     def __init__(self, job: Train, here: Workspace, model: Tensors, broadcast: Tensors) -> None:
-        self._job, self._here, self._model, self._broadcast = job, here, model, broadcast
+        self._job, self._here, self._model = job, here, model
+        self._broadcast = broadcast | {"round": torch.tensor(max(job.round - 1, 0), device=here.device)}
         self._groups: list[Group] = []
         self._singles: list[Single] = []
         self._meter = Meter()
@@ -294,22 +295,24 @@ def _measure(job: Measure, shared: Shared, here: Workspace) -> Measured:
     model, data = here.load(received), _together(here, job)
     if job.request is not None:
         return Measured(arrays(STATISTICS[job.request](model, data)))
-    pool = here.pool(job.split)
     report, losses = evaluate_samples(model, data, probes)
-    sizes = pool.sizes[job.first : job.last]
+    sizes = here.pool(job.split).sizes[list(job.clients)]
     home = torch.as_tensor(np.repeat(np.arange(len(sizes)), sizes), device=losses.device)
     per_client = torch.zeros(len(sizes), dtype=torch.float64, device=losses.device).index_add_(0, home, losses)
     return Measured(arrays(report), per_client.cpu().numpy())
 
 
 def _together(here: Workspace, job: Measure) -> ClientData:
-    """All samples of a run of clients as one; what a client does not own is absent."""
-    pool = here.pool(job.split)
-    rows = slice(int(pool.starts[job.first]), int(pool.starts[job.last - 1] + pool.sizes[job.last - 1]))
-    owned, sizes = pool.owned[job.first : job.last], pool.sizes[job.first : job.last]
+    """All samples of some clients as one; what a client does not own is absent."""
+    pool, clients = here.pool(job.split), np.array(job.clients)
+    starts, sizes = pool.starts[clients], pool.sizes[clients]
+    if (starts[1:] == starts[:-1] + sizes[:-1]).all():
+        rows: slice | Tensor = slice(int(starts[0]), int(starts[-1] + sizes[-1]))
+    else:
+        rows = torch.cat([torch.arange(a, a + n) for a, n in zip(starts, sizes, strict=True)]).to(pool.y.device)
     x, present = {}, {}
     for m in pool.x:
-        owner = np.array([m in names for names in owned])
+        owner = np.array([m in pool.owned[k] for k in job.clients])
         if not owner[sizes > 0].any():
             continue
         x[m], present[m] = pool.x[m][rows], pool.present[m][rows]

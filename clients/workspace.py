@@ -57,7 +57,7 @@ class Workspace:
     def _stack(self) -> tuple[Stack | None, str]:
         if self.config.scenario.clients == 1:
             return None, "there is only one client"
-        if not self.objective.stacks:
+        if not self.objective.stackable():
             return None, f"{type(self.objective).__name__} does not stack"
         try:
             stack = Stack(self.model)

@@ -23,9 +23,10 @@ from server.loop import Server
 from server.plan import check, plan
 
 CLIENT_APP = "clients.app:app"
+CREW = "clients.crew:work"
 SERVER_APP = "server.app:app"
 
-__all__ = ["CLIENT_APP", "check", "run"]
+__all__ = ["CLIENT_APP", "CREW", "check", "run"]
 
 
 class ProgressBar(Callback):
@@ -56,11 +57,11 @@ def open_grid(config: Config) -> Iterator[Grid]:
     """The grid of engine inproc or ray; Ray's workers end with it unless another run of this process goes on."""
     clients = config.scenario.clients
     if config.engine.name == "inproc":
-        yield InProcessGrid(CLIENT_APP, clients)
+        yield InProcessGrid(CLIENT_APP, clients, crew=CREW)
         return
     from fedmm.engines.ray_workers import RayGrid, RayPool
 
-    with RayPool(CLIENT_APP, config.engine.workers) as pool:
+    with RayPool(CLIENT_APP, config.engine.workers, CREW) as pool:
         yield RayGrid(pool, clients)
 
 

@@ -20,7 +20,7 @@ from typing import Any
 from rich.console import Console
 
 from experiments.references import reference_runs, simple_references
-from experiments.runner import CLIENT_APP, check, run
+from experiments.runner import CLIENT_APP, CREW, check, run
 from experiments.tuning import choices, trials, tuned_cells
 from fedmm.config.load import Cell, expand
 from fedmm.config.schema import CompareConfig, Config, EngineConfig, EvaluateConfig
@@ -132,7 +132,7 @@ def _one_by_one(todo: Sequence[Job], console: Console) -> list[str]:
             if job.config.engine.name == "ray":
                 from fedmm.engines.ray_workers import RayGrid, RayPool
 
-                pool = pool or stack.enter_context(RayPool(CLIENT_APP, job.config.engine.workers))
+                pool = pool or stack.enter_context(RayPool(CLIENT_APP, job.config.engine.workers, CREW))
                 grid = RayGrid(pool, job.config.scenario.clients)
             try:
                 summary = run(job.config, job.out, resume=True, console=console, grid=grid, label=job.label)

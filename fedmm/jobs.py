@@ -149,24 +149,22 @@ class Trained:
 
 @dataclass(frozen=True)
 class Measure:
-    """Measure the model on one split of a run of clients.
+    """Measure the model on one split of some clients.
 
     Attributes:
         split: "train", "val" or "test".
-        first: First client.
-        last: One past the last client.
+        clients: Partition indices, ascending.
         request: A statistic (`fedmm.metrics.local.STATISTICS`), or None for an evaluation.
     """
 
     split: str
-    first: int
-    last: int
+    clients: tuple[int, ...]
     request: str | None = None
 
 
 @dataclass(frozen=True)
 class Measured:
-    """Sums over a run of clients, and the sum of losses of each (evaluations only), float64 [last - first]."""
+    """Sums over the clients of a job, and the sum of losses of each (evaluations only), float64."""
 
     sums: Arrays
     losses: npt.NDArray[np.float64] | None = None

@@ -6,7 +6,7 @@ for a place without a term, and costs nothing.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -54,20 +54,33 @@ def add_named(a: Tensors | None, b: Tensors | None) -> Tensors | None:
     return {n: t if n not in b else t + b[n] for n, t in a.items()} | {n: t for n, t in b.items() if n not in a}
 
 
-def combine(nodes: Mapping[Run, Tensors], places: int) -> Tensors:
-    """The root of a tree over `places` places, from nodes of disjoint aligned runs; what no node covers is zero."""
-    span = 1
-    while span < places:
-        span *= 2
+def combine(
+    nodes: Mapping[Run, Tensors], places: int, leaf: Callable[[int], Tensors | None] = lambda place: None
+) -> Tensors:
+    """The root of a tree over `places` places.
+
+    Args:
+        nodes: Sums over disjoint aligned runs.
+        places: Number of places.
+        leaf: The term of a place outside these runs; None: zero.
+    """
 
     def node(start: int, span: int) -> Tensors | None:
         if (start, span) in nodes:
             return nodes[start, span]
-        if span == 1 or start >= places:
+        if start >= places:
             return None
+        if span == 1:
+            return leaf(start)
         return add_named(node(start, span // 2), node(start + span // 2, span // 2))
 
-    return node(0, span) or {}
+    # A run may reach beyond the last place.
+    return node(0, aligned(max([places, *(start + span for start, span in nodes)]))) or {}
+
+
+def aligned(places: int) -> int:
+    """The smallest power of two that is at least `places`."""
+    return 1 << max(places - 1, 0).bit_length()
 
 
 def _add(a: Tensor | None, b: Tensor | None) -> Tensor | None:

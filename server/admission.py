@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from flwr.app import Message
@@ -15,7 +14,7 @@ from flwr.app import Message
 from fedmm.metrics.fields import Fields, fault
 from fedmm.models.blocks import block_of, is_float
 from fedmm.types import Tensors
-from fedmm.wire import Task, read_reply
+from fedmm.wire import ReplyHeader, Task, read_reply
 from server.aggregation import Update, update_norm
 
 
@@ -56,14 +55,18 @@ def admit(message: Message, task: Task, expected: Expected) -> Update | Refusal:
         The update, or the reason for refusing it: error, malformed, stale, identity, samples, blocks, shape, dtype,
         finite, report, norm.
     """
+    parsed = parse(message, task)
+    return parsed if isinstance(parsed, Refusal) else admit_parts(*parsed, task, expected)
+
+
+def admit_parts(
+    header: ReplyHeader, report: Tensors, model: Tensors, task: Task, expected: Expected
+) -> Update | Refusal:
+    """`admit` for a reply that has been read, and whose header answers the task."""
 
     def refuse(kind: str, reason: str) -> Refusal:
         return Refusal(task.client, kind, reason)
 
-    parsed = parse(message, task)
-    if isinstance(parsed, Refusal):
-        return parsed
-    header, report, model = parsed
     if not isinstance(header.samples, int) or not 0 < header.samples <= expected.samples:
         return refuse("samples", f"the update rests on {header.samples} samples, the client has {expected.samples}")
     skipped = expected.optional - {block_of(n) for n in set(model) & set(expected.model)}
@@ -84,10 +87,10 @@ def admit(message: Message, task: Task, expected: Expected) -> Update | Refusal:
     if expected.max_norm is not None and (norm := update_norm(model, expected.model)) > expected.max_norm:
         return refuse("norm", f"the update's norm {norm:.4g} exceeds {expected.max_norm:.4g}")
     complete = set(task.modalities) == set(expected.owned)
-    return Update(task.client, header.samples, task.modalities, model, report, header.loss, complete)
+    return Update(task.client, header.samples, task.modalities, model, report, header.loss, complete, header.steps)
 
 
-def parse(message: Message, task: Task) -> tuple[Any, Tensors, Tensors] | Refusal:
+def parse(message: Message, task: Task) -> tuple[ReplyHeader, Tensors, Tensors] | Refusal:
     """Read any reply and check that it answers this task, from this client, in this round."""
     if message.has_error():
         return Refusal(task.client, "error", message.error.reason or f"error code {message.error.code}")
@@ -95,8 +98,13 @@ def parse(message: Message, task: Task) -> tuple[Any, Tensors, Tensors] | Refusa
         header, report, model = read_reply(message)
     except (KeyError, ValueError, TypeError, EOFError) as error:
         return Refusal(task.client, "malformed", f"the reply cannot be read: {error!r}")
+    return check_header(header, task) or (header, report, model)
+
+
+def check_header(header: ReplyHeader, task: Task) -> Refusal | None:
+    """Why a reply does not answer a task, if it does not."""
     if header.round != task.round:
         return Refusal(task.client, "stale", f"the reply is of round {header.round}, not {task.round}")
     if header.client != task.client:
         return Refusal(task.client, "identity", f"the reply claims to come from client {header.client}")
-    return header, report, model
+    return None

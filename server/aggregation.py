@@ -1,21 +1,23 @@
-"""Block-wise aggregation: float64, in one fixed order, so that neither arrival nor worker count changes a bit.
+"""Block-wise aggregation: each block is the weighted mean over the clients that trained it, in float64.
 
     w_b = sum_k n_k w_{k,b} / sum_k n_k      over the clients k that trained block b; nobody did: w_b stays
 
-Sums run over a fixed binary tree of the clients sorted by partition index: a partial sum over an aligned run of
-clients is a node of that tree, wherever it was computed.
+Sums run over a fixed binary tree of the clients' places in the round (`fedmm.trees`): a partial sum over an aligned
+run of places is a node of that tree, wherever it was computed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
 
-from fedmm.models.blocks import block_of, is_float, modality_of
+from fedmm.models.blocks import block_of, blocks_of, is_float, modality_of
+from fedmm.trees import Run, combine, tree_sum
 from fedmm.types import Tensors
+
+__all__ = ["Change", "Gathered", "Update", "blockwise_mean", "merge_reports", "tree_sum", "update_norm"]
 
 
 @dataclass(frozen=True)
@@ -26,10 +28,13 @@ class Update:
         client: Partition index.
         samples: n_k, the weight.
         modalities: Modalities that were trained.
-        model: Tensors of the trained blocks.
+        model: Tensors of the trained blocks; empty where a worker has already added them to a sum.
         report: Sums and counts.
         loss: Mean local loss.
         complete: All of the client's modalities were trained (not a weak-only pick).
+        steps: Optimiser steps done.
+        place: Place in the round's order, which fixes the order of sums; None: by client.
+        blocks: Blocks that were trained, where `model` does not say.
     """
 
     client: int
@@ -39,24 +44,43 @@ class Update:
     report: Tensors
     loss: float
     complete: bool
+    steps: int = 0
+    place: int | None = None
+    blocks: tuple[str, ...] | None = None
+
+    @property
+    def trained(self) -> tuple[str, ...]:
+        """Blocks that were trained."""
+        return blocks_of(self.model) if self.blocks is None else self.blocks
 
 
-def tree_sum(terms: Sequence[Tensor | None]) -> Tensor | None:
-    """Sum over a fixed binary tree of positions (neighbours first); None stands for zero.
+@dataclass(frozen=True)
+class Change:
+    """How the models of some clients moved: tensor name -> sent less trained, flattened, [g, n]."""
 
-    Args:
-        terms: One entry a client, in sorted order.
+    clients: tuple[int, ...]
+    rows: Tensors
+
+
+@dataclass(frozen=True)
+class Gathered(Sequence[Update]):
+    """The updates of a round, sorted by client, with what workers have already added up.
+
+    Attributes:
+        updates: Sorted by client.
+        sums: Run of places -> sum of weight x tensor over its updates that hold no model themselves.
+        changes: Movements, where the server asked for them.
     """
-    level = list(terms)
-    while len(level) > 1:
-        level = [_add(level[i], level[i + 1] if i + 1 < len(level) else None) for i in range(0, len(level), 2)]
-    return level[0] if level else None
 
+    updates: tuple[Update, ...]
+    sums: Mapping[Run, Tensors] = field(default_factory=dict)
+    changes: tuple[Change, ...] = ()
 
-def _add(a: Tensor | None, b: Tensor | None) -> Tensor | None:
-    if a is None or b is None:
-        return b if a is None else a
-    return a + b
+    def __len__(self) -> int:
+        return len(self.updates)
+
+    def __getitem__(self, index: int) -> Update:  # type: ignore[override]
+        return self.updates[index]
 
 
 def blockwise_mean(
@@ -71,32 +95,40 @@ def blockwise_mean(
     Args:
         previous: Global model; kept where nobody trained.
         updates: Admitted updates, any order.
-        weight: Weight of a client (n_k by default).
+        weight: Weight of a client (n_k by default); for `Gathered` sums, the one that they were made with.
         min_owners: Blocks of a modality that fewer clients trained keep their value.
 
     Returns:
         A new global model with the names, shapes and dtypes of `previous`. Float buffers are averaged with their
         block, integer buffers take the maximum.
     """
-    ordered = sorted(updates, key=lambda u: u.client)
-    weights = [float(u.samples) if weight is None else weight(u) for u in ordered]
+    placed = all(u.place is not None for u in updates)
+    ordered = sorted(updates, key=lambda u: u.place if placed else u.client)  # type: ignore[arg-type,return-value]
+    by_place = {(u.place if placed else i): u for i, u in enumerate(ordered)}
+    weights = {p: float(u.samples) if weight is None else weight(u) for p, u in by_place.items()}
+    owners: dict[str, list[int | None]] = {}
+    for p, u in by_place.items():
+        for block in u.trained:
+            owners.setdefault(block, []).append(p)
+
+    def leaf(place: int) -> Tensors | None:
+        u = by_place.get(place)
+        if u is None or not u.model:
+            return None
+        return {n: t.to(torch.float64) * weights[place] for n, t in u.model.items() if is_float(t)}
+
+    places = max(p for p in by_place if p is not None) + 1
+    total = combine(updates.sums if isinstance(updates, Gathered) else {}, places, leaf)
     result: Tensors = {}
     for name, old in previous.items():
-        owners = [i for i, u in enumerate(ordered) if name in u.model]
+        mine = owners.get(block_of(name), [])
         enough = min_owners if modality_of(block_of(name)) is not None else 1
-        if len(owners) < enough:
+        if len(mine) < enough:
             result[name] = old
         elif not is_float(old):
-            result[name] = torch.stack([ordered[i].model[name] for i in owners]).amax(0)
+            result[name] = torch.stack([by_place[p].model[name] for p in mine]).amax(0)
         else:
-            total = tree_sum(
-                [
-                    u.model[name].to(torch.float64) * w if name in u.model else None
-                    for u, w in zip(ordered, weights, strict=True)
-                ]
-            )
-            assert total is not None
-            result[name] = (total / sum(weights[i] for i in owners)).to(old.dtype)
+            result[name] = (total[name] / sum(weights[p] for p in mine)).to(old.dtype)
     return result
 
 
@@ -111,7 +143,7 @@ def merge_reports(reports: Sequence[Tensors]) -> Tensors:
     return merged
 
 
-def update_norm(model: Mapping[str, Tensor], sent: Mapping[str, Tensor]) -> float:
+def update_norm(model: Mapping[str, torch.Tensor], sent: Mapping[str, torch.Tensor]) -> float:
     """L2 distance between an update and the sent model, over float tensors of the update."""
     parts = [(t.to(torch.float64) - sent[n].to(torch.float64)).square().sum() for n, t in model.items() if is_float(t)]
     return float(torch.stack(parts).sum().sqrt()) if parts else 0.0

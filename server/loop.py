@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from flwr.serverapp import Grid
@@ -13,16 +14,17 @@ from fedmm.config.schema import TrainConfig
 from fedmm.io.checkpoint import Checkpoint, save_checkpoint
 from fedmm.io.files import weights_sha256
 from fedmm.io.run_directory import Row, RunDirectory
-from fedmm.metrics.fields import Sizes, evaluation_fields, statistics_fields
+from fedmm.metrics.fields import Fields, Sizes, evaluation_fields, statistics_fields
 from fedmm.models import blocks_of
 from fedmm.models.blocks import block_of, serves
 from fedmm.types import Tensors
-from fedmm.wire import Task
-from server.admission import Expected, Refusal, admit
-from server.aggregation import Update, merge_reports
+from server.admission import Expected
+from server.aggregation import Gathered, Update
 from server.callbacks import Callback, RoundReport
+from server.crews import Answers, Order
 from server.knowledge import KNOWLEDGE, Knowledge
 from server.measure import figure_rows, figures, fit_probes
+from server.places import arrange, cohort_size
 from server.plan import Plan
 from server.policy import Event, Policy
 from server.selection import Pick, Situation
@@ -49,7 +51,8 @@ class Server:
     def __init__(self, plan: Plan, grid: Grid, directory: RunDirectory, callbacks: Sequence[Callback] = ()) -> None:
         self.plan, self.config = plan, plan.config
         self.directory, self.callbacks = directory, tuple(callbacks)
-        self.session = Session(grid, plan.spec, plan.config.scenario.clients, self._replied)
+        self._cohort = cohort_size(plan.config)
+        self.session = Session(grid, plan.spec, plan.config.scenario.clients, self._replied, self._cohort)
         self.policy = Policy(plan.config.policy)
         self.model: Tensors = {n: t.detach().clone() for n, t in plan.model.state_dict().items()}
         self.state: Tensors = {}
@@ -159,36 +162,43 @@ class Server:
         rng = seeding.numpy_rng(self.config.seed, "selection", round)
         return self.plan.selector.select(situation, self.config.train.clients_per_round, rng)
 
-    def _collect(self, picks: Sequence[Pick], round: int, epochs: int) -> list[Update]:
-        """Ask, admit, ask again as the policy says; updates sorted by client."""
+    def _collect(self, picks: Sequence[Pick], round: int, epochs: int) -> Gathered:
+        """Ask, admit, ask again as the policy says."""
+        train, strategy, policy = self.config.train, self.plan.strategy, self.config.policy
         parcel = Parcel(self.model, self._broadcast())
         requests = tuple(sorted({r for k in self.knowledge.values() for r in k.requests}))
-        lr = learning_rate(self.config.train, max(round, 1))
-        updates: list[Update] = []
-        pending = sorted(picks, key=lambda p: p.client)
-        attempt = 0
-        while pending:
-            tasks = [
-                Task("", round, p.client, p.modalities, requests, epochs=epochs, lr=lr, attempt=attempt)
-                for p in pending
-            ]
-            owned = [self.federates.owned[p.client] for p in pending]
-            again: list[Pick] = []
-            replies = self.session.ask("train", tasks, parcel, owned, self.config.policy.deadline_s)
-            for pick, (task, message) in zip(pending, replies, strict=True):
-                if message is None:
-                    self.policy.late(pick.client, round)
-                    continue
-                result = admit(message, task, self._expected(pick, requests))
-                if isinstance(result, Refusal):
-                    if self.policy.refused(result, round, attempt):
-                        again.append(pick)
-                    continue
-                self.policy.admitted(pick.client)
-                self.session.count_up(result.report, result.model)
-                updates.append(result)
-            pending, attempt = again, attempt + 1
-        return sorted(updates, key=lambda u: u.client)
+        deltas = [k.deltas for k in self.knowledge.values() if k.deltas is not None]
+        samples = self.federates.samples
+        order = Order(
+            picks=sorted(picks, key=lambda p: p.client),
+            places=arrange(picks, samples, self._cohort),
+            weights={
+                p.client: strategy.weight(samples[p.client], epochs * -(-samples[p.client] // train.batch_size))
+                for p in picks
+            },
+            round=round,
+            attempt=0,
+            epochs=epochs,
+            lr=learning_rate(train, max(round, 1)),
+            requests=requests,
+            deltas=min(deltas, key=len) if deltas else None,
+            each=strategy.reads_models or policy.max_update_norm is not None,
+            expected=self._expectations(requests),
+            deadline=policy.deadline_s,
+        )
+        whole = Answers()
+        while order.picks:
+            answers = self.session.train(order, parcel)
+            for client in answers.late:
+                self.policy.late(client, round)
+            again = {r.client for r in answers.refusals if self.policy.refused(r, round, order.attempt)}
+            for update in answers.updates:
+                self.policy.admitted(update.client)
+            whole.updates += answers.updates
+            whole.sums |= answers.sums
+            whole.changes += answers.changes
+            order = replace(order, picks=[p for p in order.picks if p.client in again], attempt=order.attempt + 1)
+        return Gathered(tuple(sorted(whole.updates, key=lambda u: u.client)), whole.sums, tuple(whole.changes))
 
     def _enough(self, picks: Sequence[Pick], updates: Sequence[Update], round: int) -> bool:
         """The policy's verdict on a round; the events that led to it are on record even if it ends the run."""
@@ -197,20 +207,27 @@ class Server:
         finally:
             self.directory.update_manifest({"events": [e.record() for e in self.policy.events]})
 
-    def _expected(self, pick: Pick, requests: tuple[str, ...]) -> Expected:
-        """What the reply of a picked client must hold."""
-        objective, every = self.plan.objective, blocks_of(self.model)
-        blocks = set(objective.trained_blocks(every, pick.modalities))
-        owned = self.federates.owned[pick.client]
-        return Expected(
-            {n: t for n, t in self.model.items() if block_of(n) in blocks and serves(n, pick.modalities)},
-            statistics_fields(requests, owned, self._shape)
-            | self.plan.objective.report_fields(pick.modalities, self._shape),
-            owned,
-            self.federates.samples[pick.client],
-            self.config.policy.max_update_norm,
-            frozenset(objective.optional_blocks(every, pick.modalities)),
-        )
+    def _expectations(self, requests: tuple[str, ...]) -> Callable[[Pick], Expected]:
+        """What the reply of each picked client must hold; the same for clients that own and train the same."""
+        objective, every, model = self.plan.objective, blocks_of(self.model), self.model
+        kinds: dict[tuple[tuple[str, ...], tuple[str, ...]], Expected] = {}
+
+        def expected(pick: Pick) -> Expected:
+            owned = self.federates.owned[pick.client]
+            if (owned, pick.modalities) not in kinds:
+                blocks = set(objective.trained_blocks(every, pick.modalities))
+                kinds[owned, pick.modalities] = Expected(
+                    {n: t for n, t in model.items() if block_of(n) in blocks and serves(n, pick.modalities)},
+                    statistics_fields(requests, owned, self._shape)
+                    | objective.report_fields(pick.modalities, self._shape),
+                    owned,
+                    0,
+                    self.config.policy.max_update_norm,
+                    frozenset(objective.optional_blocks(every, pick.modalities)),
+                )
+            return replace(kinds[owned, pick.modalities], samples=self.federates.samples[pick.client])
+
+        return expected
 
     @property
     def _shape(self) -> Sizes:
@@ -224,37 +241,43 @@ class Server:
 
     # -- measuring ----------------------------------------------------------------------------------------------
 
-    def _query(
-        self, kind: str, split: str, round: int, model: Tensors, broadcast: Tensors, requests: tuple[str, ...]
-    ) -> Tensors:
+    def _query(self, split: str, round: int, model: Tensors, broadcast: Tensors, request: str | None = None) -> Tensors:
         """Merged sums of all clients that have samples in the split."""
-        parcel = Parcel(model, broadcast)
-        tasks = [Task("", round, k, requests=requests, split=split) for k, n in self._sizes[split].items() if n]
+        clients = [k for k, n in self._sizes[split].items() if n]
         complete = split != "train" and self.config.scenario.modalities.heldout == "complete"
-        owned = [self.federates.modalities if complete else self.federates.owned[t.client] for t in tasks]
-        fields = [
-            statistics_fields(requests, o, self._shape) if requests else evaluation_fields(o, self._shape, broadcast)
-            for o in owned
-        ]
-        replies = self.session.ask(kind, tasks, parcel, owned, self.config.policy.deadline_s)
-        good, bad = self.session.read(replies, fields)
+        owned = [self.federates.modalities if complete else self.federates.owned[k] for k in clients]
+
+        def fields(o: tuple[str, ...]) -> Fields:
+            if request is None:
+                return evaluation_fields(o, self._shape, broadcast)
+            return statistics_fields((request,), o, self._shape)
+
+        merged, _, bad = self.session.measure(
+            split, clients, owned, Parcel(model, broadcast), fields, request, round, self.config.policy.deadline_s
+        )
         for refusal in bad:
             self.policy.events.append(
                 Event(round, refusal.kind, refusal.client, refusal.reason, f"not in {split} figures")
             )
-        return merge_reports([report for _, report in good])
+        return merged
 
     def _evaluate(self, model: Tensors, split: str, round: int, probes: Tensors | None = None) -> dict[str, Any]:
-        return figures(self._query("evaluate", split, round, model, probes or {}, ()), self.federates.modalities)
+        return figures(self._query(split, round, model, probes or {}), self.federates.modalities)
 
     def _losses(self, clients: Sequence[int], round: int) -> Mapping[int, float]:
         """Mean loss of the global model on the training data of some clients (power-of-choice)."""
-        parcel = Parcel(self.model)
-        tasks = [Task("", round, k, split="train") for k in clients]
+        clients = sorted(clients)
         owned = [self.federates.owned[k] for k in clients]
-        fields = [evaluation_fields(o, self._shape, {}) for o in owned]
-        good, _ = self.session.read(self.session.ask("evaluate", tasks, parcel, owned), fields)
-        return {h.client: float(r["loss"] / r["count"]) for h, r in good}
+        _, losses, _ = self.session.measure(
+            "train",
+            clients,
+            owned,
+            Parcel(self.model),
+            lambda o: evaluation_fields(o, self._shape, {}),
+            None,
+            round,
+        )
+        return {k: loss / self.federates.samples[k] for k, loss in losses.items()}
 
     def _training_rows(self, round: int, updates: Sequence[Update]) -> list[Row]:
         total = sum(u.samples for u in updates)
@@ -320,7 +343,7 @@ class Server:
         model = self.best[2] if config.evaluate.choose == "best" else self.model
         probes = {}
         if config.evaluate.probe:
-            sums = self._query("query.statistics", "train", rounds, model, {}, ("moments",))
+            sums = self._query("train", rounds, model, {}, "moments")
             probes = fit_probes(sums, self.federates.modalities)
         validation = self._evaluate(model, "val", rounds, probes)
         test = self._evaluate(model, "test", rounds, probes)

@@ -44,16 +44,21 @@ def figures(merged: Tensors, modalities: Sequence[str]) -> dict[str, Any]:
         if f"feature_sum.{m}" in merged:
             n = merged[f"feature_count.{m}"].clamp(min=1)
             variance = merged[f"feature_square.{m}"] / n - (merged[f"feature_sum.{m}"] / n).square()
-            entry["feature_std"] = float(variance.clamp(min=0).sqrt().mean())
+            entry["feature_std"] = _digits(float(variance.clamp(min=0).sqrt().mean()))
         per_modality[m] = entry
     masked = [e["masked"] for e in per_modality.values() if e["masked"] is not None]
     return {
         "accuracy": accuracy(merged["confusion"]),
         "macro_f1": macro_f1(merged["confusion"]),
-        "loss": float(merged["loss"] / merged["count"].clamp(min=1)),
+        "loss": _digits(float(merged["loss"] / merged["count"].clamp(min=1))),
         "per_modality": per_modality,
         "modality_gap": max(masked) - min(masked) if masked else None,
     }
+
+
+def _digits(value: float) -> float:
+    """Ten significant digits: the last ones depend on how many clients were measured together."""
+    return float(f"{value:.10g}")
 
 
 def figure_rows(round: int, split: str, values: dict[str, Any]) -> list[Row]:

@@ -1,22 +1,29 @@
-"""The server's line to its clients: discovery, messages, replies. The only server file that handles messages."""
+"""The server's line to its clients: discovery, training, measuring. The only server file that handles messages.
+
+Clients in processes of this machine are asked by jobs (`server/crews.py`), all others by messages; nothing above this
+file knows which.
+"""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from math import prod
 
 from flwr.app import ArrayRecord, Message, RecordDict
 from flwr.serverapp import Grid
 
-from fedmm.engines.grid import stream_replies
+from fedmm.engines.grid import WorkingGrid, stream_replies
 from fedmm.errors import RunError
 from fedmm.metrics.fields import Fields, fault
-from fedmm.models.blocks import bytes_per_block, serves
+from fedmm.models.blocks import block_of, bytes_per_block, serves
 from fedmm.types import Tensors
 from fedmm.wire import ReplyHeader, Task, read_reply, task_record, to_record
-from server.admission import Refusal, parse
-from server.knowledge import Federates
+from server.admission import Refusal, admit, parse
+from server.aggregation import merge_reports
+from server.crews import Answers, Crews, Order
+from server.facts import Federates
 
 _DISCOVERY_S = 120.0
 
@@ -28,10 +35,10 @@ class Traffic:
     down: dict[str, int] = field(default_factory=dict)
     up: dict[str, int] = field(default_factory=dict)
 
-    def add(self, direction: dict[str, int], parts: Mapping[str, int]) -> None:
-        """Count a message's blocks."""
+    def add(self, direction: dict[str, int], parts: Mapping[str, int], times: int = 1) -> None:
+        """Count the blocks of a message, or of as many equal ones."""
         for block, size in parts.items():
-            direction[block] = direction.get(block, 0) + size
+            direction[block] = direction.get(block, 0) + size * times
 
 
 @dataclass(frozen=True)
@@ -43,22 +50,28 @@ class Parcel:
 
     model: Tensors
     broadcast: Tensors = field(default_factory=dict)
-    _records: dict[tuple[str, ...], tuple[ArrayRecord, dict[str, int]]] = field(default_factory=dict)
+    _records: dict[tuple[str, ...], ArrayRecord] = field(default_factory=dict)
+    _sizes: dict[tuple[str, ...], dict[str, int]] = field(default_factory=dict)
 
-    def records(self, modalities: tuple[str, ...]) -> tuple[RecordDict, dict[str, int]]:
-        """Array records for a client that owns `modalities`, and their bytes by block."""
+    def records(self, modalities: tuple[str, ...]) -> RecordDict:
+        """Array records for a client that owns `modalities`."""
         if modalities not in self._records:
-            part = {n: t for n, t in self.model.items() if serves(n, modalities)}
-            self._records[modalities] = (to_record(part), bytes_per_block(part))
-        record, size = self._records[modalities]
-        content = RecordDict({"model": record})
+            self._records[modalities] = to_record({n: t for n, t in self.model.items() if serves(n, modalities)})
+        content = RecordDict({"model": self._records[modalities]})
         if self.broadcast:
             if () not in self._records:
-                size_of = sum(t.numel() * t.element_size() for t in self.broadcast.values())
-                self._records[()] = (to_record(self.broadcast), {"broadcast": size_of})
-            content["broadcast"] = self._records[()][0]
-            size = size | self._records[()][1]
-        return content, size
+                self._records[()] = to_record(self.broadcast)
+            content["broadcast"] = self._records[()]
+        return content
+
+    def size(self, modalities: tuple[str, ...]) -> dict[str, int]:
+        """Bytes by block of what a client that owns `modalities` is sent."""
+        if modalities not in self._sizes:
+            size = bytes_per_block({n: t for n, t in self.model.items() if serves(n, modalities)})
+            if self.broadcast:
+                size["broadcast"] = sum(t.numel() * t.element_size() for t in self.broadcast.values())
+            self._sizes[modalities] = size
+        return self._sizes[modalities]
 
 
 class Session:
@@ -69,11 +82,21 @@ class Session:
         spec: `client_spec` of the run.
         clients: K.
         on_reply: Called with (replies so far, asked) as replies come.
+        cohort: Clients in a stack, where the grid takes jobs.
+
+    Attributes:
+        crews: The short way to the clients, if the grid has one.
+        traffic: Bytes since it was last emptied.
     """
 
-    def __init__(self, grid: Grid, spec: str, clients: int, on_reply: Callable[[int, int], None]) -> None:
+    def __init__(
+        self, grid: Grid, spec: str, clients: int, on_reply: Callable[[int, int], None], cohort: int = 1
+    ) -> None:
         self._grid, self._spec, self._clients, self._on_reply = grid, spec, clients, on_reply
         self._nodes: dict[int, int] = {}
+        self.crews: Crews | None = None
+        if isinstance(grid, WorkingGrid) and grid.crew is not None:
+            self.crews = Crews(grid, spec, cohort, on_reply)
         self.traffic = Traffic()
 
     def connect(self, modalities: tuple[str, ...]) -> tuple[Federates, dict[int, ReplyHeader]]:
@@ -83,6 +106,12 @@ class Session:
             RunError: Clients are missing, doubled, or cannot open their data.
         """
         nodes = self._await_nodes()
+        if self.crews is not None:
+            said = self.crews.hello()
+            if isinstance(said, str):
+                raise RunError(f"the clients do not answer: {said}", where="data")
+            self._nodes = dict(enumerate(nodes))
+            return self._facts(modalities, {h.client: h for h in said})
         task = Task(self._spec, 0, -1)
         messages = {n: Message(RecordDict({"task": task_record(task)}), n, "query") for n in nodes}
         headers: dict[int, ReplyHeader] = {}
@@ -101,11 +130,98 @@ class Session:
                 )
             headers[raw.client], self._nodes[raw.client] = raw, node
         # Sorted by client: node ids are random in Flower, and sums follow this order.
-        hellos = {k: headers[k] for k in range(self._clients)}
+        return self._facts(modalities, {k: headers[k] for k in range(self._clients)})
+
+    @staticmethod
+    def _facts(modalities: tuple[str, ...], hellos: dict[int, ReplyHeader]) -> tuple[Federates, dict[int, ReplyHeader]]:
         owned, samples = tuple(h.modalities for h in hellos.values()), tuple(h.samples for h in hellos.values())
         return Federates(modalities, owned, samples), hellos
 
-    def ask(
+    def train(self, order: Order, parcel: Parcel) -> Answers:
+        """Have clients train once; everything that came is admitted or refused, and metered."""
+        for pick in order.picks:
+            self.traffic.add(self.traffic.down, parcel.size(order.expected(pick).owned))
+        if self.crews is not None:
+            answers = self.crews.train(order, parcel.model, parcel.broadcast)
+        else:
+            answers = self._train_by_messages(order, parcel)
+        sizes: dict[tuple[str, ...], dict[str, int]] = {}
+        for u in answers.updates:
+            if u.trained not in sizes:
+                trained = set(u.trained)
+                sizes[u.trained] = bytes_per_block({n: t for n, t in parcel.model.items() if block_of(n) in trained})
+            self.traffic.add(self.traffic.up, sizes[u.trained])
+            if u.report:
+                self.traffic.add(self.traffic.up, {"report": _bytes(u.report)})
+        return answers
+
+    def _train_by_messages(self, order: Order, parcel: Parcel) -> Answers:
+        tasks = [
+            Task(
+                self._spec,
+                order.round,
+                p.client,
+                p.modalities,
+                order.requests,
+                epochs=order.epochs,
+                lr=order.lr,
+                attempt=order.attempt,
+            )
+            for p in order.picks
+        ]
+        expected = [order.expected(p) for p in order.picks]
+        replies = self._ask("train", tasks, parcel, [e.owned for e in expected], order.deadline)
+        answers = Answers()
+        for wanted, (task, message) in zip(expected, replies, strict=True):
+            if message is None:
+                answers.late.append(task.client)
+                continue
+            result = admit(message, task, wanted)
+            if isinstance(result, Refusal):
+                answers.refusals.append(result)
+            else:
+                answers.updates.append(replace(result, place=order.places[task.client]))
+        return answers
+
+    def measure(
+        self,
+        split: str,
+        clients: Sequence[int],
+        owned: Sequence[tuple[str, ...]],
+        parcel: Parcel,
+        fields: Callable[[tuple[str, ...]], Fields],
+        request: str | None,
+        round: int,
+        deadline: float | None = None,
+    ) -> tuple[Tensors, dict[int, float], list[Refusal]]:
+        """Merged sums over one split of some clients, the sum of losses of each, and whose figures are left out.
+
+        Args:
+            split: Which split.
+            clients: Partition indices, ascending.
+            owned: Modalities that each client's samples of the split come with.
+            parcel: Model and probes.
+            fields: Owned modalities -> what a report must hold.
+            request: A statistic, or None for an evaluation.
+            round: Round.
+            deadline: Seconds to wait.
+        """
+        for kind in set(owned):
+            self.traffic.add(self.traffic.down, parcel.size(kind), owned.count(kind))
+        if self.crews is not None:
+            found = self.crews.measure(split, clients, parcel.model, parcel.broadcast, request, deadline)
+            if found is not None:
+                for kind in set(owned):
+                    size = sum(8 * prod(f.shape) for f in fields(kind).values())
+                    self.traffic.add(self.traffic.up, {"report": size}, owned.count(kind))
+                return *found, []
+        tasks = [Task(self._spec, round, k, requests=(request,) if request else (), split=split) for k in clients]
+        replies = self._ask("query.statistics" if request else "evaluate", tasks, parcel, owned, deadline)
+        good, bad = self._read(replies, [fields(o) for o in owned])
+        losses = {h.client: float(r["loss"]) for h, r in good if "loss" in r}
+        return merge_reports([report for _, report in good]), losses, bad
+
+    def _ask(
         self,
         kind: str,
         tasks: Sequence[Task],
@@ -116,16 +232,15 @@ class Session:
         """Send each task to its client with the blocks of `owned[i]`; replies in the order of `tasks`, None if late."""
         messages = {}
         for task, modalities in zip(tasks, owned, strict=True):
-            content, size = parcel.records(modalities)
-            content["task"] = task_record(replace(task, spec=self._spec))
+            content = parcel.records(modalities)
+            content["task"] = task_record(task)
             messages[self._nodes[task.client]] = Message(
                 content, self._nodes[task.client], kind, group_id=str(task.round)
             )
-            self.traffic.add(self.traffic.down, size)
         replies = self._exchange(messages, timeout)
         return [(task, replies.get(self._nodes[task.client])) for task in tasks]
 
-    def read(
+    def _read(
         self, replies: Iterable[tuple[Task, Message | None]], fields: Sequence[Fields]
     ) -> tuple[list[tuple[ReplyHeader, Tensors]], list[Refusal]]:
         """Headers and reports of replies without a model, and the refusals among them; `fields` as the replies."""
@@ -138,13 +253,8 @@ class Session:
                 bad.append(parsed)
             else:
                 good.append((parsed[0], parsed[1]))
-                self.count_up(parsed[1], {})
+                self.traffic.add(self.traffic.up, {"report": _bytes(parsed[1])})
         return good, bad
-
-    def count_up(self, report: Tensors, model: Tensors) -> None:
-        """Meter a reply."""
-        size = sum(t.numel() * t.element_size() for t in report.values())
-        self.traffic.add(self.traffic.up, bytes_per_block(model) | ({"report": size} if size else {}))
 
     def _exchange(self, messages: Mapping[int, Message], timeout: float | None) -> dict[int, Message]:
         """Replies by node: the first to each message stands; a second one, or one to another message, is dropped."""
@@ -175,3 +285,7 @@ class Session:
                 remedy="set it to the number of nodes",
             )
         return nodes
+
+
+def _bytes(report: Tensors) -> int:
+    return sum(t.numel() * t.element_size() for t in report.values())

@@ -83,14 +83,23 @@ def evaluation_fields(modalities: Sequence[str], size: Sizes, probes: Tensors) -
 
 def fault(report: Tensors, fields: Fields) -> str | None:
     """Why a report is not what was asked for, or None: names, shapes, finite float64 values, signs."""
+    return _fault(report, fields, 0)
+
+
+def stacked_fault(report: Tensors, fields: Fields) -> str | None:
+    """`fault` of the reports of several clients, one row each in every tensor."""
+    return _fault(report, fields, 1)
+
+
+def _fault(report: Tensors, fields: Fields, leading: int) -> str | None:
     if missing := sorted(set(fields) - set(report)):
         return f"the report lacks {missing[0]}"
     if extra := sorted(set(report) - set(fields)):
         return f"the report has {extra[0]}, which was not asked for"
     for name, (shape, signed) in fields.items():
         tensor = report[name]
-        if tuple(tensor.shape) != shape or tensor.dtype != torch.float64:
-            return f"{name} is {tensor.dtype} {list(tensor.shape)}, not float64 {list(shape)}"
+        if tuple(tensor.shape[leading:]) != shape or tensor.dtype != torch.float64:
+            return f"{name} is {tensor.dtype} {list(tensor.shape[leading:])}, not float64 {list(shape)}"
         if not bool(torch.isfinite(tensor).all()):
             return f"{name} has values that are not finite"
         if not signed and bool((tensor < 0).any()):

@@ -22,9 +22,16 @@ class Strategy:
 
     Class attributes:
         needs: Knowledge that the strategy works with besides objective and selector.
+        reads_models: `aggregate` looks at single models. Without it, it may only take `blockwise_mean` of the updates
+            with `weight`, and workers add the models up where they arise.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()
+    reads_models: ClassVar[bool] = True
+
+    def weight(self, samples: int, steps: int) -> float:
+        """Factor of a client's model in the sum, from its samples and optimiser steps; n_k by default."""
+        return float(samples)
 
     def begin(self, model: Tensors, federates: Federates) -> Tensors:
         """State before the first round."""
@@ -51,6 +58,8 @@ class Strategy:
 @dataclass(frozen=True)
 class FedAvg(Strategy):
     """Block-wise mean weighted by samples (McMahan et al., 2017), each block over those who trained it."""
+
+    reads_models: ClassVar[bool] = False
 
     def aggregate(
         self, model: Tensors, updates: Sequence[Update], state: Tensors, min_owners: int

@@ -3,7 +3,7 @@
 import pytest
 from drill import METHODS, finish, result, settings, start, undisturbed
 
-from experiments.runner import CLIENT_APP, run
+from experiments.runner import CLIENT_APP, CREW, run
 from fedmm.engines.inprocess import InProcessGrid
 from fedmm.engines.ray_workers import RayGrid, RayPool
 
@@ -22,7 +22,7 @@ def expected(tmp_path_factory):
 @pytest.fixture(scope="module")
 def pools():
     """Pools of 1, 2 and 3 workers on one Ray instance."""
-    made = {workers: RayPool(CLIENT_APP, workers) for workers in (1, 2, 3)}
+    made = {workers: RayPool(CLIENT_APP, workers, CREW) for workers in (1, 2, 3)}
     yield made
     for pool in made.values():
         pool.close()

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from experiments.runner import CLIENT_APP
+from experiments.runner import CLIENT_APP, CREW
 from fedmm.config.load import load_config
 from fedmm.config.schema import ModelConfig, ProjectorConfig
 from fedmm.engines.inprocess import InProcessGrid
@@ -101,7 +101,7 @@ def config(method="fedavg", **settings):
 def run(path, settings, *, grid=None, callbacks=(), resume=False):
     """A whole run through the real loop in this process: summary of the run directory at `path`."""
     directory = RunDirectory(Path(path), settings, resume=resume)
-    grid = grid or InProcessGrid(CLIENT_APP, settings.scenario.clients)
+    grid = grid or InProcessGrid(CLIENT_APP, settings.scenario.clients, crew=CREW)
     summary = Server(plan(settings), grid, directory, callbacks).run()
     directory.finish(summary)
     return summary
@@ -109,7 +109,7 @@ def run(path, settings, *, grid=None, callbacks=(), resume=False):
 
 def server(path, settings, grid=None):
     """The server of a tiny run, not yet started."""
-    grid = grid or InProcessGrid(CLIENT_APP, settings.scenario.clients)
+    grid = grid or InProcessGrid(CLIENT_APP, settings.scenario.clients, crew=CREW)
     return Server(plan(settings), grid, RunDirectory(Path(path), settings))
 
 

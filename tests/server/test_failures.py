@@ -67,7 +67,9 @@ def test_a_fault_in_the_bootstrap_is_repaired_too(tmp_path, clean):
 @pytest.fixture(scope="module")
 def without_client_two(tmp_path_factory):
     """The model that the other five clients make of one round, by hand."""
-    server = tiny.server(tmp_path_factory.mktemp("five") / "run", tiny.config("fedavg", train__rounds=1, **EVERYONE))
+    settings = tiny.config("fedavg", train__rounds=1, **EVERYONE)
+    grid = InProcessGrid(CLIENT_APP, settings.scenario.clients)  # messages: every update keeps its model
+    server = tiny.server(tmp_path_factory.mktemp("five") / "run", settings, grid)
     server._connect()
     updates = server._collect(server._select(1), 1, 1)
     return weights_sha256(blockwise_mean(server.model, [u for u in updates if u.client != 2]))
