@@ -280,8 +280,9 @@ def _train(
                 losses = objective.losses(stack.model, batch, seen)
                 if objective.one_step:
                     loss, parts = torch.stack(losses).sum(0), 1
+                    each = gradients_of(losses, parameters)
                     with torch.no_grad():
-                        gradients = objective.combine(gradients_of(losses, parameters), parameters, seen)
+                        gradients = objective.combine(each, parameters, seen)
                 else:
                     loss, parts = losses[part], len(losses)
                     found = torch.autograd.grad(loss.sum(), list(parameters.values()), allow_unused=True)

@@ -117,8 +117,9 @@ def train(
             losses = objective.losses(model, batch, seen)
             if objective.one_step:
                 loss, parts = torch.stack(losses).sum(0), 1
+                each = gradients_of(losses, parameters)
                 with torch.no_grad():
-                    gradients = objective.combine(gradients_of(losses, parameters), parameters, seen)
+                    gradients = objective.combine(each, parameters, seen)
             else:
                 loss, parts = losses[step], len(losses)
                 for p in parameters.values():

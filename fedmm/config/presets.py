@@ -73,6 +73,10 @@ PRESETS: dict[str, Preset] = {
         "Joint loss plus the global prototypes' loss on every modality: FedProto's idea with averaged weights.",
         {"objective": {"name": "prototypes", "weak": "all"}},
     ),
+    "mmpareto": Preset(
+        "Joint and unimodal losses, whose gradients meet without conflict at each encoder (Wei and Hu, ICML 2024).",
+        {"objective": "mmpareto", "model": {"unimodal_heads": True}},
+    ),
     "divfl": Preset(
         "Joint loss, clients chosen for diverse gradients by submodular maximisation (Balakrishnan et al., ICLR 2022).",
         {"selection": "divfl"},

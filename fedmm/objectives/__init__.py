@@ -11,6 +11,7 @@ from fedmm.objectives.base import Objective
 from fedmm.objectives.infiltration import Infiltration
 from fedmm.objectives.joint import Auxiliary, Joint, Prox
 from fedmm.objectives.negative import Negative
+from fedmm.objectives.mmpareto import ParetoIntegration
 from fedmm.objectives.ogm import GradientModulation
 from fedmm.objectives.pmr import PrototypicalRebalance
 from fedmm.objectives.prototypes import Prototypes
@@ -30,6 +31,7 @@ OBJECTIVES: Mapping[str, type[Objective]] = MappingProxyType(
         "agm": AdaptiveModulation,
         "remixing": Remixing,
     }
+        "mmpareto": ParetoIntegration,
 )
 
 

@@ -98,16 +98,24 @@ class _Case:
         model, data, state = self.begin(hole=hole)
         found = {f"state {n}": t.clone() for n, t in state.items()}
         step = dict(state)
-        for i, loss in enumerate(self.objective.losses(model, data.batch(), step)):
-            found[f"loss {i}"] = loss.detach()
-            found |= {f"gradient {i} {n}": g for n, g in self.gradients(model, loss, step).items()}
+        losses = self.objective.losses(model, data.batch(), step)
+        found |= {f"loss {i}": loss.detach() for i, loss in enumerate(losses)}
+        for i, one in enumerate(self.steps(losses)):
+            found |= {f"gradient {i} {n}": g for n, g in self.gradients(model, one, step).items()}
         return found | {f"report {n}": t for n, t in self.objective.end(model, data, state).items()}
 
-    def gradients(self, model: MultimodalModel, loss: Tensor, state: Tensors) -> Tensors:
+    def steps(self, losses: Sequence[Tensor]) -> list[tuple[Tensor, ...]]:
+        """The losses of each optimiser step."""
+        return [tuple(losses)] if self.objective.one_step else [(loss,) for loss in losses]
+
+    def gradients(self, model: MultimodalModel, losses: Sequence[Tensor], state: Tensors) -> Tensors:
         trained = set(self.objective.trained_blocks(blocks_of(model.state_dict()), self.owned))
         parameters = {n: p for n, p in model.named_parameters() if block_of(n) in trained}
-        raw = torch.autograd.grad(loss, list(parameters.values()), retain_graph=True, allow_unused=True)
-        known = {n: g for n, g in zip(parameters, raw, strict=True) if g is not None}
+        each = []
+        for loss in losses:
+            raw = torch.autograd.grad(loss, list(parameters.values()), retain_graph=True, allow_unused=True)
+            each.append({n: g for n, g in zip(parameters, raw, strict=True) if g is not None})
+        known = self.objective.combine(each, dict(parameters), state) if self.objective.one_step else each[0]
         noise = self.objective.noise(dict(parameters), seeding.torch_rng(0, "conformance noise"))
         edited = self.objective.edit_gradients(dict(known), dict(parameters), state | noise)
         assert set(edited) <= set(parameters), f"{self.name}: edit_gradients returns tensors that were not trained"
@@ -129,6 +137,13 @@ def _check_state(case: _Case) -> None:
         assert not t.requires_grad, f"{case.name}: the state's {n} carries a gradient"
 
 
+    renewed = case.objective.renew(model, data, dict(state))
+    _equal(before, _copies(model), f"{case.name}: renew moves the model")
+    step = dict(state)
+    case.objective.losses(model, data.batch(), step)
+    for n, t in [*renewed.items(), *[(n, t) for n, t in step.items() if n.startswith("kept.")]]:
+        same = n in state and (t.shape, t.dtype) == (state[n].shape, state[n].dtype)
+        assert same, f"{case.name}: {n} must be made by begin, and keep its shape and type"
 def _check_losses(case: _Case) -> None:
     model, data, state = case.begin()
     before = _copies(model)
@@ -156,13 +171,15 @@ def _check_gradients(case: _Case) -> None:
     optional = set(case.objective.optional_blocks(blocks, case.owned))
     assert optional <= trained, f"{case.name}: optional_blocks are not among trained_blocks"
     reached = set()
-    for loss in case.objective.losses(model, data.batch(), state):
+    losses = case.objective.losses(model, data.batch(), state)
+    for loss in losses:
         every = torch.autograd.grad(loss, list(model.parameters()), retain_graph=True, allow_unused=True)
         for (n, _), g in zip(model.named_parameters(), every, strict=True):
             if g is not None and bool((g != 0).any()):
                 assert bool(torch.isfinite(g).all()), f"{case.name}: the gradient of {n} is not finite"
                 reached.add(block_of(n))
-        case.gradients(model, loss, state)
+    for one in case.steps(losses):
+        case.gradients(model, one, state)
     assert reached <= trained, (
         f"{case.name}: the losses reach {sorted(reached - trained)}, which are not trained_blocks"
     )
