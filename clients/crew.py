@@ -21,7 +21,6 @@ from clients.cohort import Member, Meter, train_stack
 from clients.faults import planned_faults, spoil
 from clients.trainer import LocalSchedule, train
 from clients.workspace import Workspace, workspace
-from fedmm.data.partition import class_counts
 from fedmm.jobs import Group, Hello, Measure, Measured, Shared, Single, Train, Trained, arrays, tensors
 from fedmm.metrics.local import STATISTICS, evaluate_samples
 from fedmm.models.blocks import blocks_of, is_float
@@ -323,19 +322,17 @@ def _together(here: Workspace, job: Measure) -> ClientData:
 
 def _hello(job: Hello, shared: Shared, here: Workspace) -> tuple[ReplyHeader, ...]:
     """What every client says of itself."""
-    federation = here.federation
-    counts = {
-        s: class_counts(here.dataset.y, federation.indices[s], len(here.dataset.classes)).tolist() for s in SPLITS
-    }
+    pools = {split: here.pool(split) for split in SPLITS}
+    counts = {split: pool.class_counts().tolist() for split, pool in pools.items()}
     return tuple(
         ReplyHeader(
             0,
             k,
-            sum(counts["train"][k]),
-            modalities=federation.modalities(k, "train"),
+            int(size),
+            modalities=pools["train"].owned[k],
             info={"class_counts": {s: counts[s][k] for s in SPLITS}},
         )
-        for k in range(len(federation))
+        for k, size in enumerate(pools["train"].sizes)
     )
 
 

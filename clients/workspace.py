@@ -14,7 +14,8 @@ from flwr.app import ArrayRecord
 
 from fedmm.config.schema import Config
 from fedmm.data import load_dataset
-from fedmm.data.federation import Federation, Pool, build_federation
+from fedmm.data.federation import Pool, build_federation
+from fedmm.data.layout import layout, open_layout
 from fedmm.models import MultimodalModel, build_model
 from fedmm.models.stacked import Stack, Unstackable
 from fedmm.objectives import Objective, build_objective
@@ -28,6 +29,7 @@ class Workspace:
     Args:
         spec: `fedmm.spec.client_spec` of the run.
         root: Folder of the device's own data files, instead of the specification's `data.root`.
+        home: Folder where the samples have been laid out (`fedmm.data.layout`), instead of loading the data set.
 
     Attributes:
         stack: The model's stacked twin, or None if clients train one by one.
@@ -35,16 +37,19 @@ class Workspace:
         device: Where clients train.
     """
 
-    def __init__(self, spec: str, root: str | None) -> None:
+    def __init__(self, spec: str, root: str | None, home: str | None = None) -> None:
         raw = json.loads(spec)
         if root:
             raw["data"]["root"] = root
         self.config = Config.model_validate(raw)
-        self.dataset = load_dataset(self.config.data)
-        self.federation: Federation = build_federation(self.dataset, self.config.scenario, self.config.seed)
+        if home is None:
+            dataset = load_dataset(self.config.data)
+            self.layout = layout(build_federation(dataset, self.config.scenario, self.config.seed))
+        else:
+            self.layout = open_layout(home)
         self.dtype = torch.float64 if self.config.train.precision == "float64" else torch.float32
         self.device = torch.device("cpu")
-        built = build_model(self.dataset.specs, len(self.dataset.classes), self.config.model, self.config.seed)
+        built = build_model(self.layout.specs, self.layout.classes, self.config.model, self.config.seed)
         # Channels last: convolutions of a single client are half as fast again on a CPU.
         self.model: MultimodalModel = built.to(self.device, self.dtype)
         self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -70,7 +75,7 @@ class Workspace:
     def pool(self, split: str) -> Pool:
         """One split of all clients, on the device and in the precision of training."""
         if split not in self._pools:
-            self._pools[split] = self.federation.pool(split).to(self.device, self.dtype)
+            self._pools[split] = self.layout.pools[split].to(self.device, self.dtype)
         return self._pools[split]
 
     def data(self, client: int, split: str) -> ClientData:
@@ -95,4 +100,4 @@ class Workspace:
 @lru_cache(maxsize=2)
 def workspace(spec: str, root: str | None, home: str | None = None) -> Workspace:
     """The process's workspace of a specification."""
-    return Workspace(spec, root)
+    return Workspace(spec, root, home)

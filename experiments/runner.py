@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 
 from fedmm.config.schema import Config
+from fedmm.data import build_federation
+from fedmm.data.layout import lay_out
+from fedmm.engines.grid import LocalGrid
 from fedmm.engines.inprocess import InProcessGrid
 from fedmm.errors import ConfigError, Interrupted, RunError
 from fedmm.io.files import write_json
@@ -20,7 +24,7 @@ from fedmm.io.run_directory import RunDirectory, check_place, read_summary
 from server.app import ROUND_MARK
 from server.callbacks import Callback, RoundReport
 from server.loop import Server
-from server.plan import check, plan
+from server.plan import Plan, check, plan
 
 CLIENT_APP = "clients.app:app"
 CREW = "clients.crew:work"
@@ -105,14 +109,28 @@ def run(
     title = (label or {}).get("label") or config.method or config.objective.name
     with _progress(console) as progress, _recorded_failure(directory):
         bar = ProgressBar(progress, f"{title} seed {config.seed}")
-        if grid is not None:
-            summary = Server(prepared, grid, directory, [bar]).run()
-        else:
-            with open_grid(config) as own:
-                summary = Server(prepared, own, directory, [bar]).run()
+        with nullcontext(grid) if grid is not None else open_grid(config) as here, _data_laid_out(here, prepared, out):
+            summary = Server(prepared, here, directory, [bar]).run()
     summary |= label or {}
     directory.finish(summary)
     return summary
+
+
+@contextmanager
+def _data_laid_out(grid: Grid, prepared: Plan, out: Path) -> Iterator[None]:
+    """Put the clients' samples where all processes of this machine can map them, once."""
+    if not isinstance(grid, LocalGrid) or grid.crew is None:
+        yield
+        return
+    folder = out / "data.part"
+    shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed
+    config = prepared.config
+    try:
+        grid.home = lay_out(build_federation(prepared.dataset, config.scenario, config.seed), folder.resolve())
+        yield
+    finally:
+        grid.home = None
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _absolute_root(config: Config) -> Config:

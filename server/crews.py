@@ -83,7 +83,7 @@ class Crews:
 
     def __init__(self, grid: WorkingGrid, spec: str, cohort: int, on_reply: Callable[[int, int], None]) -> None:
         self._grid, self._on_reply = grid, on_reply
-        self._shared = Shared(spec)
+        self._shared = Shared(spec, grid.home)
         self.cohort = cohort
         self.training = 0.0
 

@@ -42,6 +42,12 @@ class Pool:
     complete: frozenset[str]
     owned: tuple[tuple[str, ...], ...]
 
+    def class_counts(self) -> npt.NDArray[np.int64]:
+        """Samples of each client and class, int64 [K, C]."""
+        home = np.repeat(np.arange(len(self.sizes)), self.sizes)
+        cells = np.bincount(home * self.classes + self.y.cpu().numpy(), minlength=len(self.sizes) * self.classes)
+        return cells.reshape(len(self.sizes), self.classes)
+
     def client(self, k: int) -> ClientData:
         """Client k's samples; shares memory with the pool."""
         rows = slice(int(self.starts[k]), int(self.starts[k] + self.sizes[k]))
@@ -92,17 +98,19 @@ class Federation:
     def pool(self, split: str) -> Pool:
         """One split of all clients, gathered once."""
         if split not in self._pools:
-            self._pools[split] = self._gather(split)
+            self._pools[split] = self.gather(split)
         return self._pools[split]
 
-    def _gather(self, split: str) -> Pool:
+    def gather(self, split: str) -> Pool:
+        """`pool` without keeping it."""
         rows = np.concatenate([np.zeros(0, dtype=np.int64), *self.indices[split]])
         sizes = np.array([len(r) for r in self.indices[split]], dtype=np.int64)
         owned = tuple(self.modalities(k, split) for k in range(len(self)))
         home = np.repeat(np.arange(len(self)), sizes)
         complete = []
+        kinds = set(owned)
         for m in self.dataset.modalities:
-            owner = np.array([m in names for names in owned])
+            owner = np.array([m in names for names in owned]) if len(kinds) > 1 else np.full(len(self), m in owned[0])
             if bool(self.present[m][rows[owner[home]]].all()):
                 complete.append(m)
         return Pool(

@@ -70,10 +70,12 @@ class WorkingGrid(Protocol):
     Attributes:
         crew: Import path of the function that does a job, or None: only messages.
         processes: How many jobs run at a time.
+        home: Folder where the clients' samples have been laid out for all processes; None: each loads its own.
     """
 
     crew: str | None
     processes: int
+    home: str | None
 
     def work(
         self, jobs: Sequence[Any], shared: Any, *, timeout: float | None = None
@@ -220,6 +222,7 @@ class LocalGrid(Grid):
     """
 
     processes = 1
+    home: str | None = None
 
     def __init__(self, clients: int, run_config: RunConfig | None = None, crew: str | None = None) -> None:
         self.crew = crew

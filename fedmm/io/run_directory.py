@@ -97,7 +97,9 @@ class RunDirectory:
             handle.writelines(map(_line, rows))
 
     def update_manifest(self, values: dict[str, Any]) -> None:
-        """Merge values into manifest.json."""
+        """Merge values into manifest.json; nothing is written if they are there already."""
+        if values and all(name in self._manifest and self._manifest[name] == value for name, value in values.items()):
+            return
         self._manifest |= values
         write_json(self.path / "manifest.json", self._manifest)
 
