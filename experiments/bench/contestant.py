@@ -38,21 +38,32 @@ class Enough(Exception):
 
 
 class Watch(Callback):
-    """Laps of the stopwatch, the seconds of local training in them, and a way out of the run."""
+    """Laps of the stopwatch, the seconds of local training in them, and a way out of the run.
+
+    Attributes:
+        server: Whose run it is.
+        first: The model after the first round.
+    """
 
     def __init__(self, stopwatch: Stopwatch, training: list[float]) -> None:
         self._stopwatch, self._training = stopwatch, training
+        self.server: Server | None = None
+        self.first: Tensors = {}
 
     def finished_round(self, report: RoundReport) -> None:
         """See `Callback`."""
-        if self._stopwatch.lap(sum(int(r.value) for r in report.rows if (r.scope, r.metric) == ("client", "samples"))):
+        samples = sum(int(r.value) for r in report.rows if (r.scope, r.metric) == ("client", "samples"))
+        enough = self._stopwatch.lap(samples)
+        if report.round == 1 and self.server is not None:
+            self.first = dict(self.server.model)
+        if enough:
             raise Enough
         if not self._stopwatch.seconds:
             self._training.clear()
 
 
 def serve(config: Config, grid: Grid, stopwatch: Stopwatch, training: list[float]) -> Tensors:
-    """Our server loop on any grid until the stopwatch has enough; the weights at that moment.
+    """Our server loop on any grid until the stopwatch has enough; the weights after the first round.
 
     Args:
         config: What to run.
@@ -61,14 +72,15 @@ def serve(config: Config, grid: Grid, stopwatch: Stopwatch, training: list[float
         training: Emptied when the warm-up is over; whoever measures training adds to it.
     """
     directory = Path(tempfile.mkdtemp(prefix="fedmm-bench-"))
-    server = Server(plan(config), grid, RunDirectory(directory, config), [Watch(stopwatch, training)])
+    watch = Watch(stopwatch, training)
+    watch.server = Server(plan(config), grid, RunDirectory(directory, config), [watch])
     try:
-        server.run()
+        watch.server.run()
     except Enough:
         pass
     finally:
         shutil.rmtree(directory, ignore_errors=True)
-    return server.model
+    return watch.first
 
 
 def ours(config: Config, stopwatch: Stopwatch, training: list[float]) -> Tensors:
@@ -101,10 +113,12 @@ def flower(config: Config, stopwatch: Stopwatch, training: list[float]) -> Tenso
 def bare(workload: Workload, precision: Any, stopwatch: Stopwatch) -> Tensors:
     """The loop without federation."""
     loop = BareLoop(lay_out(workload, stopwatch.warmup + stopwatch.rounds, precision))
-    number = 1
-    while not stopwatch.lap(loop.round(number)):
+    enough, number, first = False, 0, loop.weights
+    while not enough:
         number += 1
-    return loop.weights
+        enough = stopwatch.lap(loop.round(number))
+        first = loop.weights if number == 1 else first
+    return first
 
 
 @contextmanager

@@ -80,7 +80,7 @@ class Run:
         load: Load average of the machine, of one minute, before the start.
         torch: Version of torch.
         training: Seconds in forward, backward and update during the rounds that count; 0 where it cannot be seen.
-        weights: The model at the end.
+        weights: The model after the first round.
     """
 
     seconds: list[float]

@@ -66,12 +66,16 @@ class Watch(TrainingProcessCallback):
 
     def __init__(self, stopwatch: Stopwatch, samples: list[int]) -> None:
         self._stopwatch, self._samples = stopwatch, samples
+        self.first: list[Any] = []
 
     def after_central_iteration(
         self, aggregate_metrics: Metrics, model: PyTorchModel, *, central_iteration: int
     ) -> tuple[bool, Metrics]:
         """See pfl."""
-        return self._stopwatch.lap(self._samples[central_iteration]), Metrics()
+        enough = self._stopwatch.lap(self._samples[central_iteration])
+        if central_iteration == 0:
+            self.first = [p.detach().numpy().copy() for p in model.pytorch_model.parameters()]
+        return enough, Metrics()
 
 
 def main(job_path: Path, result_path: Path) -> None:
@@ -106,18 +110,18 @@ def main(job_path: Path, result_path: Path) -> None:
         lambda parameters, lr: torch.optim.SGD(parameters, lr, job["momentum"], foreach=True),
         torch.optim.SGD(network.parameters(), 1.0),
     )
+    watch = Watch(stopwatch, [int(arrays["sizes"][row].sum()) for row in picks])
     data = FederatedDataset(make, lambda: next(turns))
-    samples = [int(arrays["sizes"][row].sum()) for row in picks]
     FederatedAveraging().run(
         NNAlgorithmParams(len(picks), NEVER, picks.shape[1], None),
         SimulatedBackend(data, data, [WeightByDatapoints()]),
         model,
         NNTrainHyperParams(local_batch_size=job["batch_size"], local_num_epochs=epochs, local_learning_rate=job["lr"]),
         NNEvalHyperParams(EVALUATION),
-        [Watch(stopwatch, samples)],
+        [watch],
         send_metrics_to_platform=False,
     )
-    np.savez(job["weights"], *[p.detach().numpy() for p in network.parameters()])
+    np.savez(job["weights"], *watch.first)
     result_path.write_text(json.dumps(stopwatch.result() | {"torch": torch.__version__}))
 
 

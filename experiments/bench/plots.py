@@ -37,11 +37,14 @@ def draw(suite: Suite, records: Sequence[Record], path: Path) -> bool:
         places = _axis(axes, suite, mine)
         for i, contestant in enumerate(suite.contestants):
             _draw_one(axes, suite, mine, contestant.name, key, places, i)
-        axes.set_yscale("log")
         axes.set_ylabel(title)
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: number(v)))
-        axes.yaxis.set_minor_formatter(FuncFormatter(lambda v, _: number(v) if number(v)[-1] in "25" else ""))
-        axes.tick_params(axis="y", which="minor", labelsize=7)
+        if key == "seconds":
+            axes.set_yscale("log")
+            axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: number(v)))
+            axes.yaxis.set_minor_formatter(FuncFormatter(lambda v, _: number(v) if number(v)[-1] in "25" else ""))
+            axes.tick_params(axis="y", which="minor", labelsize=7)
+        else:
+            axes.set_ylim(bottom=0)
         axes.grid(axis="y", which="both", alpha=0.2)
         axes.spines[["top", "right"]].set_visible(False)
     handles, labels = figure.axes[0].get_legend_handles_labels()

@@ -46,11 +46,14 @@ def record(contestant, repeat, seconds, workload="tiny", **more):
 def test_the_bare_loop_gives_the_weights_of_our_engine(workload):
     rounds = 2
     loop = BareLoop(lay_out(workload, rounds))
-    samples = [loop.round(r) for r in (1, 2)]
-    watch = Stopwatch(0, rounds)
-    weights = ours(workload.config(INPROC.engine, rounds), watch, [])
+    samples = [loop.round(1)]
+    expected = loop.weights
+    samples.append(loop.round(2))
+    watch, training = Stopwatch(0, rounds), []
+    weights = ours(workload.config(INPROC.engine, rounds), watch, training)
     assert watch.samples == samples
-    assert distance(weights, loop.weights) < 1e-6
+    assert 0 < sum(training) < sum(watch.seconds)
+    assert distance(weights, expected) < 1e-6
     assert distance(weights, lay_out(workload, 1).initial) > 1e-3
 
 
