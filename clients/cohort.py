@@ -137,7 +137,7 @@ def train_stack(
         return objective.renew(model, _rows(everything().only(names), rows), {n: t[rows] for n, t in state.items()})
 
     renews = type(objective).renew is not Objective.renew
-    weights, losses = _train(
+    weights, losses, parts = _train(
         stack,
         received,
         trained,
@@ -160,7 +160,7 @@ def train_stack(
         report |= STATISTICS[name](model, _owned(everything(), pool, members[0].client))
     if type(objective).end is not Objective.end:
         report |= objective.end(model, everything().only(names), state)
-    loss, steps = losses / torch.as_tensor(plan.samples), torch.as_tensor(plan.steps)
+    loss, steps = losses / torch.as_tensor(plan.samples), torch.as_tensor(plan.steps * parts)
     back = np.argsort(order)
     if (back == np.arange(count)).all():
         return StackResult(weights, report, loss, steps)
@@ -238,8 +238,8 @@ def _train(
     seed: int,
     round: int,
     meter: Meter,
-) -> tuple[Tensors, Tensor]:
-    """All steps; the trained tensors [K, ...] in the stack's layout, and the sum of losses over the last epoch [K].
+) -> tuple[Tensors, Tensor, int]:
+    """All steps: the trained tensors [K, ...] in the stack's layout, losses of the last epoch [K], steps a batch.
 
     `state` is left as the last step of each client left it.
     """
@@ -256,7 +256,7 @@ def _train(
     total = torch.zeros(count, dtype=torch.float64, device=device)
     optimiser = _StackedSGD(stack, received, trained, count, members[0].schedule)
     kept = [n for n in state if n.startswith("kept.")]
-    active, mine = -1, state
+    active, mine, parts = -1, state, 1
     for step in range(rows.shape[1]):
         now = int((plan.steps > step).sum())
         if now != active:
@@ -297,7 +297,7 @@ def _train(
                 state[n] = mine[n] if active == count else torch.cat([mine[n], state[n][active:]])
             total[:active] += loss.detach().to(torch.float64) * counted[:active, step]
             part += 1
-    return optimiser.weights(), total.cpu()
+    return optimiser.weights(), total.cpu(), parts
 
 
 def _batch(

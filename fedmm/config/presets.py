@@ -69,10 +69,6 @@ PRESETS: dict[str, Preset] = {
         "Joint loss, a modality ahead of its own history is slowed, by Shapley contributions (Li et al., ICCV 2023).",
         {"objective": "agm"},
     ),
-    "fedproto": Preset(
-        "Joint loss plus the global prototypes' loss on every modality: FedProto's idea with averaged weights.",
-        {"objective": {"name": "prototypes", "weak": "all"}},
-    ),
     "mmpareto": Preset(
         "Joint and unimodal losses, whose gradients meet without conflict at each encoder (Wei and Hu, ICML 2024).",
         {"objective": "mmpareto", "model": {"unimodal_heads": True}},
@@ -80,6 +76,14 @@ PRESETS: dict[str, Preset] = {
     "divfl": Preset(
         "Joint loss, clients chosen for diverse gradients by submodular maximisation (Balakrishnan et al., ICLR 2022).",
         {"selection": "divfl"},
+    ),
+    "mla": Preset(
+        "Modalities take turns through one shared head, whose gradient spares earlier turns (Zhang et al., CVPR 2024).",
+        {"objective": "mla", "model": {"fusion": "sum"}},
+    ),
+    "fedproto": Preset(
+        "Joint loss plus the global prototypes' loss on every modality: FedProto's idea with averaged weights.",
+        {"objective": {"name": "prototypes", "weak": "all"}},
     ),
     "power-of-choice": Preset(
         "Joint loss, the candidates of highest local loss are chosen (Cho et al., AISTATS 2022).",

@@ -10,9 +10,10 @@ from fedmm.objectives.agm import AdaptiveModulation
 from fedmm.objectives.base import Objective
 from fedmm.objectives.infiltration import Infiltration
 from fedmm.objectives.joint import Auxiliary, Joint, Prox
-from fedmm.objectives.negative import Negative
+from fedmm.objectives.mla import Alternating
 from fedmm.objectives.mmpareto import ParetoIntegration
 from fedmm.objectives.ogm import GradientModulation
+from fedmm.objectives.negative import Negative
 from fedmm.objectives.pmr import PrototypicalRebalance
 from fedmm.objectives.prototypes import Prototypes
 from fedmm.objectives.remixing import Remixing
@@ -32,6 +33,7 @@ OBJECTIVES: Mapping[str, type[Objective]] = MappingProxyType(
         "remixing": Remixing,
     }
         "mmpareto": ParetoIntegration,
+        "mla": Alternating,
 )
 
 
