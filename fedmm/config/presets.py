@@ -73,10 +73,6 @@ PRESETS: dict[str, Preset] = {
         "Joint and unimodal losses, whose gradients meet without conflict at each encoder (Wei and Hu, ICML 2024).",
         {"objective": "mmpareto", "model": {"unimodal_heads": True}},
     ),
-    "divfl": Preset(
-        "Joint loss, clients chosen for diverse gradients by submodular maximisation (Balakrishnan et al., ICLR 2022).",
-        {"selection": "divfl"},
-    ),
     "mla": Preset(
         "Modalities take turns through one shared head, whose gradient spares earlier turns (Zhang et al., CVPR 2024).",
         {"objective": "mla", "model": {"fusion": "sum"}},
@@ -84,6 +80,10 @@ PRESETS: dict[str, Preset] = {
     "fedproto": Preset(
         "Joint loss plus the global prototypes' loss on every modality: FedProto's idea with averaged weights.",
         {"objective": {"name": "prototypes", "weak": "all"}},
+    ),
+    "divfl": Preset(
+        "Joint loss, clients chosen for diverse gradients by submodular maximisation (Balakrishnan et al., ICLR 2022).",
+        {"selection": "divfl"},
     ),
     "power-of-choice": Preset(
         "Joint loss, the candidates of highest local loss are chosen (Cho et al., AISTATS 2022).",

@@ -12,8 +12,8 @@ from fedmm.objectives.infiltration import Infiltration
 from fedmm.objectives.joint import Auxiliary, Joint, Prox
 from fedmm.objectives.mla import Alternating
 from fedmm.objectives.mmpareto import ParetoIntegration
-from fedmm.objectives.ogm import GradientModulation
 from fedmm.objectives.negative import Negative
+from fedmm.objectives.ogm import GradientModulation
 from fedmm.objectives.pmr import PrototypicalRebalance
 from fedmm.objectives.prototypes import Prototypes
 from fedmm.objectives.remixing import Remixing
@@ -30,10 +30,10 @@ OBJECTIVES: Mapping[str, type[Objective]] = MappingProxyType(
         "ogm": GradientModulation,
         "pmr": PrototypicalRebalance,
         "agm": AdaptiveModulation,
-        "remixing": Remixing,
-    }
         "mmpareto": ParetoIntegration,
         "mla": Alternating,
+        "remixing": Remixing,
+    }
 )
 
 

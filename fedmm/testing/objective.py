@@ -135,8 +135,6 @@ def _check_state(case: _Case) -> None:
         rows = not n.startswith("sample.") or (t.dim() > 0 and len(t) == len(data))
         assert rows, f"{case.name}: {n} must have one row a training sample"
         assert not t.requires_grad, f"{case.name}: the state's {n} carries a gradient"
-
-
     renewed = case.objective.renew(model, data, dict(state))
     _equal(before, _copies(model), f"{case.name}: renew moves the model")
     step = dict(state)
@@ -144,6 +142,8 @@ def _check_state(case: _Case) -> None:
     for n, t in [*renewed.items(), *[(n, t) for n, t in step.items() if n.startswith("kept.")]]:
         same = n in state and (t.shape, t.dtype) == (state[n].shape, state[n].dtype)
         assert same, f"{case.name}: {n} must be made by begin, and keep its shape and type"
+
+
 def _check_losses(case: _Case) -> None:
     model, data, state = case.begin()
     before = _copies(model)

@@ -15,8 +15,8 @@ from fedmm.config.schema import Plugin
 from fedmm.data.federation import Pool
 from fedmm.models.stacked import Stack
 from fedmm.objectives import OBJECTIVES, build_objective
-
 from fedmm.objectives.mla import Alternating
+
 MODALITIES = tiny.names(3)
 SIZES = (13, 40, 9, 27, 21)
 OWNED = {"all": MODALITIES, "two": ("m1", "m3"), "one": ("m2",)}
@@ -30,9 +30,9 @@ VARIANTS = [
     {"name": "prototypes", "variant": "v1"},
     {"name": "prototypes", "weak": "all"},
     {"name": "negative", "guide": "global", "competitor": "per_modality", "reduction": "code", "extra": True},
-    {"name": "ogm", "reference": "others", "enhance": False},
     {"name": "mmpareto", "solve": "tensor"},
     {"name": "mla", "project": False},
+    {"name": "ogm", "reference": "others", "enhance": False},
 ]
 CASES = [{"name": n} for n, kind in OBJECTIVES.items() if kind.stacks] + VARIANTS
 
