@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -13,6 +14,8 @@ from flwr.serverapp import Grid
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 
+from clients.probe import Verdict, probe, read_verdict
+from clients.workspace import workspace
 from fedmm.config.schema import Config
 from fedmm.data import build_federation
 from fedmm.data.layout import lay_out
@@ -21,9 +24,13 @@ from fedmm.engines.inprocess import InProcessGrid
 from fedmm.errors import ConfigError, Interrupted, RunError
 from fedmm.io.files import write_json
 from fedmm.io.run_directory import RunDirectory, check_place, read_summary
+from fedmm.types import Tensors
 from server.app import ROUND_MARK
 from server.callbacks import Callback, RoundReport
+from server.facts import Federates
+from server.knowledge import KNOWLEDGE
 from server.loop import Server
+from server.places import cohort_size
 from server.plan import Plan, check, plan
 
 CLIENT_APP = "clients.app:app"
@@ -105,15 +112,50 @@ def run(
         return _run_flower(config, out, resume, console)
     # One thread, here and in the workers: sums over more threads round differently, and small models gain nothing.
     torch.set_num_threads(1)
+    verdict = _known_verdict(out, config) if resume else None
     directory = RunDirectory(out, config, resume=resume, label=label)
     title = (label or {}).get("label") or config.method or config.objective.name
     with _progress(console) as progress, _recorded_failure(directory):
         bar = ProgressBar(progress, f"{title} seed {config.seed}")
         with nullcontext(grid) if grid is not None else open_grid(config) as here, _data_laid_out(here, prepared, out):
-            summary = Server(prepared, here, directory, [bar]).run()
+            server = Server(prepared, here, directory, [bar])
+            if server.session.crews is not None and config.engine.cohort == "auto":
+                verdict = verdict or choose_layout(prepared, server.session.crews.home)
+                server.session.crews.cohort = verdict.cohort
+                directory.update_manifest({"layout": verdict.record()})
+                console.print(verdict.line(), markup=False)
+            summary = server.run()
     summary |= label or {}
     directory.finish(summary)
     return summary
+
+
+def choose_layout(prepared: Plan, home: str | None = None) -> Verdict:
+    """Whether clients train as stacks, by a probe in this process.
+
+    Args:
+        prepared: The run.
+        home: Folder where the samples have been laid out.
+    """
+    here = workspace(prepared.spec, None, home)
+    pool = here.pool("train")
+    federates = Federates(prepared.dataset.modalities, pool.owned, tuple(map(int, pool.sizes)))
+    return probe(here, cohort_size(prepared.config), first_broadcast(prepared, federates))
+
+
+def first_broadcast(prepared: Plan, federates: Federates) -> Tensors:
+    """What clients get besides the model before the server has learned anything."""
+    known = [KNOWLEDGE[kind](federates).broadcast() for kind in sorted(prepared.objective.knowledge())]
+    state = prepared.strategy.begin(prepared.model.state_dict(), federates)
+    return {n: t for tensors in known for n, t in tensors.items()} | prepared.strategy.broadcast(state)
+
+
+def _known_verdict(out: Path, config: Config) -> Verdict | None:
+    """The layout that an earlier session of this run chose, if it chose one of the same size."""
+    try:
+        return read_verdict(json.loads((out / "manifest.json").read_text())["layout"], cohort_size(config))
+    except (OSError, ValueError, KeyError):
+        return None
 
 
 @contextmanager

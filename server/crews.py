@@ -16,7 +16,7 @@ from fedmm.jobs import Hello, Measure, Measured, Shared, Single, Train, Trained,
 from fedmm.metrics.fields import stacked_fault
 from fedmm.trees import Run, aligned
 from fedmm.types import Tensors
-from fedmm.wire import ReplyHeader, Task
+from fedmm.wire import ReplyHeader, Task, Terms
 from server.admission import Expected, Refusal, admit_parts, check_header
 from server.aggregation import Change, Update, merge_reports
 from server.selection import Pick
@@ -44,6 +44,7 @@ class Order:
         each: The strategy needs every client's model.
         expected: What a client's reply must hold.
         deadline: Seconds to wait.
+        terms: Of clients that have terms of their own.
     """
 
     picks: Sequence[Pick]
@@ -58,6 +59,7 @@ class Order:
     each: bool
     expected: Callable[[Pick], Expected]
     deadline: float | None
+    terms: Mapping[int, Terms] = field(default_factory=dict)
 
 
 @dataclass
@@ -79,11 +81,17 @@ class Crews:
         spec: `client_spec` of the run.
         cohort: Clients in a stack.
         on_reply: Called with (clients done, clients asked).
+
+    Attributes:
+        cohort: As given; may be set anew before the first round, and changes no result.
+        home: Folder where the clients' samples have been laid out, if they have.
+        training: Seconds in forward, backward and update, over all processes.
     """
 
     def __init__(self, grid: WorkingGrid, spec: str, cohort: int, on_reply: Callable[[int, int], None]) -> None:
         self._grid, self._on_reply = grid, on_reply
         self._shared = Shared(spec, grid.home)
+        self.home = grid.home
         self.cohort = cohort
         self.training = 0.0
 
@@ -134,6 +142,7 @@ class Crews:
                     order.deltas,
                     self.cohort,
                     each,
+                    tuple(order.terms.get(p.client, Terms()) for p in picks) if order.terms else (),
                 )
             )
         return jobs
