@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fedmm.types import Tensors
 from server.aggregation import Update, merge_reports
+from server.blending import Blend
 from server.directions import Directions, WholeDirections, distances
 from server.facts import Federates, Knowledge
 

@@ -77,6 +77,10 @@ PRESETS: dict[str, Preset] = {
         "Modalities take turns through one shared head, whose gradient spares earlier turns (Zhang et al., CVPR 2024).",
         {"objective": "mla", "model": {"fusion": "sum"}},
     ),
+    "gblend": Preset(
+        "Joint and unimodal losses, weighted by generalisation over squared overfitting (Wang et al., CVPR 2020).",
+        {"objective": "gblend", "model": {"unimodal_heads": True}},
+    ),
     "fedproto": Preset(
         "Joint loss plus the global prototypes' loss on every modality: FedProto's idea with averaged weights.",
         {"objective": {"name": "prototypes", "weak": "all"}},

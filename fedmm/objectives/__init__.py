@@ -32,6 +32,7 @@ OBJECTIVES: Mapping[str, type[Objective]] = MappingProxyType(
         "agm": AdaptiveModulation,
         "mmpareto": ParetoIntegration,
         "mla": Alternating,
+        "gblend": GradientBlending,
         "remixing": Remixing,
     }
 )

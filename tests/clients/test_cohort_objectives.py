@@ -32,6 +32,7 @@ VARIANTS = [
     {"name": "negative", "guide": "global", "competitor": "per_modality", "reduction": "code", "extra": True},
     {"name": "mmpareto", "solve": "tensor"},
     {"name": "mla", "project": False},
+    {"name": "gblend", "held_out": 0.3},
     {"name": "ogm", "reference": "others", "enhance": False},
 ]
 CASES = [{"name": n} for n, kind in OBJECTIVES.items() if kind.stacks] + VARIANTS
@@ -58,6 +59,8 @@ def knowledge(model):
     for m in MODALITIES:
         sent[f"prototype.{m}"] = torch.randn(tiny.CLASSES, tiny.FEATURES, generator=generator, dtype=torch.float64)
         sent[f"prototype_count.{m}"] = torch.tensor([2.0, 0.0, 1.0, 4.0])
+    for k, branch in enumerate(("fused", *MODALITIES)):
+        sent[f"blend.{branch}"] = torch.tensor(0.1 * (k + 1), dtype=torch.float64)
     for n, t in model.state_dict().items():
         sent[f"model.{n}"] = t + 0.1 * torch.randn(t.shape, generator=generator, dtype=torch.float64)
     return sent
