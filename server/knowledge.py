@@ -140,6 +140,7 @@ KNOWLEDGE: Mapping[str, type[Knowledge]] = MappingProxyType(
         "prototypes": Prototypes,
         "imbalance": Imbalance,
         "confidence": Confidence,
+        "blend": Blend,
         "directions": Directions,
         "whole_directions": WholeDirections,
     }
