@@ -135,12 +135,25 @@ class Confidence(Knowledge):
             self.tensors = {"dominant": torch.tensor(max(range(len(means)), key=means.__getitem__))}
 
 
+class Previous(Knowledge):
+    """The encoders of the global model of the round before (the older model of a contrast, MOON)."""
+
+    def broadcast(self) -> Tensors:
+        """Tensors under their names in the model, behind "model."; nothing in the first round."""
+        return dict(self.tensors)
+
+    def learn(self, sent: Tensors, updates: Sequence[Update]) -> None:
+        """Keep what was sent."""
+        self.tensors = {f"model.{n}": t for n, t in sent.items() if n.startswith("encoder.")}
+
+
 KNOWLEDGE: Mapping[str, type[Knowledge]] = MappingProxyType(
     {
         "prototypes": Prototypes,
         "imbalance": Imbalance,
         "confidence": Confidence,
         "blend": Blend,
+        "previous": Previous,
         "directions": Directions,
         "whole_directions": WholeDirections,
     }

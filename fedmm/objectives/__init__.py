@@ -8,10 +8,12 @@ from types import MappingProxyType
 from fedmm.config.schema import Plugin
 from fedmm.objectives.agm import AdaptiveModulation
 from fedmm.objectives.base import Objective
+from fedmm.objectives.gblend import GradientBlending
 from fedmm.objectives.infiltration import Infiltration
 from fedmm.objectives.joint import Auxiliary, Joint, Prox
 from fedmm.objectives.mla import Alternating
 from fedmm.objectives.mmpareto import ParetoIntegration
+from fedmm.objectives.moon import ModelContrast
 from fedmm.objectives.negative import Negative
 from fedmm.objectives.ogm import GradientModulation
 from fedmm.objectives.pmr import PrototypicalRebalance
@@ -33,6 +35,7 @@ OBJECTIVES: Mapping[str, type[Objective]] = MappingProxyType(
         "mmpareto": ParetoIntegration,
         "mla": Alternating,
         "gblend": GradientBlending,
+        "moon": ModelContrast,
         "remixing": Remixing,
     }
 )

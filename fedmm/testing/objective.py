@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
 from fedmm import seeding
-from fedmm.config.schema import ModelConfig, ProjectorConfig
 from fedmm.metrics.fields import Sizes, fault
 from fedmm.models import MultimodalModel, block_of, blocks_of, build_model
 from fedmm.objectives import Objective
@@ -30,7 +29,7 @@ def check_objective(objective: Objective, broadcast: Tensors | None = None) -> N
 
     Args:
         objective: The method, with any hyper-parameters.
-        broadcast: Server knowledge that the method wants, beyond "round", prototypes and the dominant modality.
+        broadcast: Server knowledge that the method wants, beyond "round", prototypes, the dominant modality and a model.
 
     Raises:
         AssertionError: Names the method and what it does wrong.
@@ -62,6 +61,7 @@ class _Case:
         for m in modalities:
             self.broadcast[f"prototype.{m}"] = torch.randn(_CLASSES, _FEATURES, generator=generator)
             self.broadcast[f"prototype_count.{m}"] = torch.ones(_CLASSES)
+        self.broadcast |= {f"model.{n}": t.detach() for n, t in self.model(1).state_dict().items()}
         self.broadcast |= broadcast
 
     def model(self, seed: int = 0) -> MultimodalModel:
