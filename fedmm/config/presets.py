@@ -81,6 +81,10 @@ PRESETS: dict[str, Preset] = {
         "Joint and unimodal losses, weighted by generalisation over squared overfitting (Wang et al., CVPR 2020).",
         {"objective": "gblend", "model": {"unimodal_heads": True}},
     ),
+    "moon": Preset(
+        "Joint loss, features drawn to the global model's and pushed from an older one's (after Li et al., CVPR 2021).",
+        {"objective": "moon"},
+    ),
     "fedproto": Preset(
         "Joint loss plus the global prototypes' loss on every modality: FedProto's idea with averaged weights.",
         {"objective": {"name": "prototypes", "weak": "all"}},

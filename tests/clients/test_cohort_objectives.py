@@ -33,6 +33,7 @@ VARIANTS = [
     {"name": "mmpareto", "solve": "tensor"},
     {"name": "mla", "project": False},
     {"name": "gblend", "held_out": 0.3},
+    {"name": "moon", "level": "modality"},
     {"name": "ogm", "reference": "others", "enhance": False},
 ]
 CASES = [{"name": n} for n, kind in OBJECTIVES.items() if kind.stacks] + VARIANTS
