@@ -52,6 +52,10 @@ class Knowledge:
         Updates that workers have added up hold no model; `updates.changes` then tells how those models moved.
         """
 
+    def amend(self, model: Tensors) -> Tensors:
+        """The next global model with what the server itself decides in it; called after `learn`."""
+        return model
+
     def metrics(self) -> dict[tuple[str, str], float]:
         """(modality or "fused", metric) -> value, for the round's record."""
         return {}

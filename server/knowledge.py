@@ -18,6 +18,7 @@ from server.aggregation import Update, merge_reports
 from server.blending import Blend
 from server.directions import Directions, WholeDirections, distances
 from server.facts import Federates, Knowledge
+from server.growth import Growth
 
 
 class Prototypes(Knowledge):
@@ -152,6 +153,7 @@ KNOWLEDGE: Mapping[str, type[Knowledge]] = MappingProxyType(
         "prototypes": Prototypes,
         "imbalance": Imbalance,
         "confidence": Confidence,
+        "growth": Growth,
         "blend": Blend,
         "previous": Previous,
         "directions": Directions,

@@ -49,6 +49,10 @@ PRESETS: dict[str, Preset] = {
         "CMSFed as first published (arXiv 2401.00403 v1).",
         {"objective": {"name": "prototypes", "alpha": 2.0, "variant": "v1"}, "selection": _CMSFED_SELECTION},
     ),
+    "aug": Preset(
+        "Boosted classifiers for whichever modality lags, one at a time (AUG, NeurIPS 2025, arXiv 2502.20120).",
+        {"objective": "boosting", "model": {"fusion": "late", "unimodal_heads": True, "boosting": {"slots": 4}}},
+    ),
     "mnl": Preset(
         "Multimodal negative learning: the surer modality teaches what the answer is not (arXiv 2510.20877).",
         {"objective": "negative", "model": {"fusion": "late", "unimodal_heads": True}},

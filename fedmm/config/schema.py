@@ -145,6 +145,21 @@ class ProjectorConfig(Section):
     fill: Literal["infiltration", "zero"] = "infiltration"
 
 
+class BoostingConfig(Section):
+    """Boosted own heads of AUG.
+
+    Attributes:
+        slots: Most heads that a modality can gain; all are there, and are sent, from the start.
+        hidden: Width of their first layers.
+        fuse: Late fusion is the mean of the modalities' "logits", which grow with the number of heads, or of their
+            "probabilities".
+    """
+
+    slots: PositiveInt = 4
+    hidden: PositiveInt = 256
+    fuse: Literal["logits", "probabilities"] = "logits"
+
+
 class ModelConfig(Section):
     """The multimodal network.
 
@@ -157,6 +172,7 @@ class ModelConfig(Section):
         fusion: concat, sum, gated, film, mlp: of features, before the joint head; late: mean of the own heads' logits.
         projector: FedCMI's projectors; null = none (a method preset switches them on).
         unimodal_heads: One linear head a modality besides the joint head.
+        boosting: AUG's heads in place of the linear ones, with late fusion; null = none.
     """
 
     encoder: str | dict[str, str] = "auto"
@@ -166,6 +182,15 @@ class ModelConfig(Section):
     fusion: Literal["concat", "sum", "gated", "film", "mlp", "late"] = "concat"
     projector: ProjectorConfig | None = None
     unimodal_heads: bool = False
+    boosting: BoostingConfig | None = None
+
+    @model_validator(mode="after")
+    def _boosting_fuses_late(self) -> ModelConfig:
+        if self.boosting is not None and (self.fusion != "late" or self.projector is not None):
+            raise ValueError(
+                "boosting needs fusion: late and projector: null, since it brings the heads that are fused"
+            )
+        return self
 
 
 class TrainConfig(Section):

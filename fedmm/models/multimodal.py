@@ -3,7 +3,8 @@
 Absent modalities: a modality without an entry in `x` is absent from the whole batch, one with `present` False is
 absent from that sample. Neither is ever read. Their half of the fusion is zero, or, behind two projectors, the
 mean infiltration feature of what the sample does have (FedCMI's stand-in: out = F([z_S^1; z_I^1])). Late fusion has
-no joint head: out is the mean of the own heads' logits over the present modalities.
+no joint head: out is the mean of the own heads' logits over the present modalities. Boosted heads (AUG) stand in
+place of the linear own heads, and then head.joint is the last layer that they share.
 """
 
 from __future__ import annotations
@@ -12,15 +13,17 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from fedmm import seeding
 from fedmm.config.schema import ModelConfig
 from fedmm.errors import ConfigError
 from fedmm.models.blocks import block_of
+from fedmm.models.boosted import BoostedHead
 from fedmm.models.encoders import build_encoder
 from fedmm.models.fusion import FUSIONS
 from fedmm.models.projectors import two_projectors
-from fedmm.types import ModalitySpec, Outputs, Tensors
+from fedmm.types import ModalitySpec, Outputs, Presence, Tensors
 
 
 class MultimodalModel(nn.Module):
@@ -56,17 +59,26 @@ class MultimodalModel(nn.Module):
         )
         self.fusion: nn.Module = nn.Identity()
         self.head = nn.ModuleDict()
+        self.late = config.fusion == "late"
+        self.boosting = config.boosting
         if config.fusion != "late":
             fusion = FUSIONS[config.fusion](self.modalities, d)
             self.fusion = fusion
             self.head["joint"] = nn.Linear(fusion.width, classes)
-        if config.unimodal_heads or config.fusion == "late":
+        if config.boosting:
+            self.head["joint"] = nn.Linear(config.boosting.hidden, classes)
+            self.head.update({m: BoostedHead(d, config.boosting.hidden, config.boosting.slots) for m in specs})
+        elif config.unimodal_heads or config.fusion == "late":
             self.head.update({m: nn.Linear(d, classes) for m in specs})
 
     def encode(self, x: Tensors, present: Tensors) -> Tensors:
         """h^m = phi^m(x^m) [..., B, d] of each modality in `x`; zero in rows where it is absent."""
         features = {}
+        whole = present.whole if isinstance(present, Presence) else frozenset[str]()
         for m in x:
+            if m in whole:
+                features[m] = self.encoder[m](x[m])
+                continue
             here = present[m]
             row = here.reshape(*here.shape, *[1] * (x[m].dim() - here.dim()))
             h = self.encoder[m](torch.where(row, x[m], 0.0))
@@ -82,17 +94,24 @@ class MultimodalModel(nn.Module):
             pairs = {m: cast(nn.ModuleDict, self.projector[m]) for m in features}
             own = {m: mask[m] * pairs[m]["self"](h) for m, h in features.items()}
             infiltration = {m: mask[m] * pairs[m]["infiltration"](h) for m, h in features.items()}
-        heads = {m: self.head[m](z) for m, z in own.items() if m in self.head}
-        if "joint" in self.head:
-            logits = self.head["joint"](self._fuse(own, infiltration, mask))
-        else:
-            total = torch.stack([mask[m] * o for m, o in heads.items()]).sum(0)
-            logits = total / torch.stack(list(mask.values())).sum(0).clamp(min=1)
-        return Outputs(logits, features, heads, {m: self.head[m](z) for m, z in infiltration.items() if m in self.head})
+        heads = {m: self._own(m, z) for m, z in own.items() if m in self.head}
+        logits = self._mean(heads, mask) if self.late else self.head["joint"](self._fuse(own, infiltration, mask))
+        return Outputs(logits, features, heads, {m: self._own(m, z) for m, z in infiltration.items() if m in self.head})
 
     def forward(self, x: Tensors, present: Tensors) -> Outputs:
         """Logits and features of a batch; see `Batch` for shapes."""
         return self.decide(self.encode(x, present), present)
+
+    def _own(self, modality: str, z: Tensor) -> Tensor:
+        head = self.head[modality]
+        return cast(Tensor, head(z, self.head["joint"]) if isinstance(head, BoostedHead) else head(z))
+
+    def _mean(self, heads: Tensors, mask: Tensors) -> Tensor:
+        probabilities = self.boosting is not None and self.boosting.fuse == "probabilities"
+        votes = {m: F.softmax(o, -1) if probabilities else o for m, o in heads.items()}
+        total = torch.stack([mask[m] * v for m, v in votes.items()]).sum(0)
+        mean = total / torch.stack(list(mask.values())).sum(0).clamp(min=1)
+        return mean.clamp(min=1e-12).log() if probabilities else mean
 
     def _fuse(self, own: Tensors, infiltration: Tensors, mask: Tensors) -> Tensor:
         some = next(iter(own.values()))

@@ -6,6 +6,7 @@ objectives need no second version: they work on [K, B, ...] as they do on [B, ..
     Linear      W [K, in, out], b [K, 1, out]     one batched product; this order makes gradients contiguous
     Conv2d      W [K, O, I, h, w]                 one grouped convolution with K groups
     GroupNorm, LayerNorm, pooling, Flatten        the same arithmetic in each client and sample
+    Gate                                          [K, slots]
 
 A layer without a rule is refused with a reason (`Unstackable`), and its model trains client by client.
 """
@@ -20,6 +21,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fedmm.models.boosted import BoostedHead
+from fedmm.models.boosted import Gate as PlainGate
 from fedmm.models.encoders import BasicBlock
 from fedmm.models.fusion import FUSIONS
 from fedmm.models.multimodal import MultimodalModel
@@ -126,6 +129,17 @@ class Pool(nn.Module):
         return _spread(self.layer(_merge(x)), x.shape[0])
 
 
+class Gate(_Layer):
+    """Each client's open slots."""
+
+    def __init__(self, layer: PlainGate) -> None:
+        super().__init__()
+
+    def forward(self) -> Tensor:
+        """Bool [K, slots]."""
+        return self.weight.detach() > 0.5
+
+
 def _flatten(layer: nn.Flatten) -> nn.Module:
     if (layer.start_dim, layer.end_dim) != (1, -1):
         raise Unstackable("Flatten has a stacked form only for whole samples")
@@ -152,6 +166,7 @@ RULES: Mapping[type[nn.Module], Callable[..., nn.Module]] = MappingProxyType(
         nn.AvgPool2d: Pool,
         nn.AdaptiveAvgPool2d: Pool,
         nn.Flatten: _flatten,
+        PlainGate: Gate,
     }
 )
 """Layer -> what stands for it in a stack."""
@@ -159,6 +174,7 @@ RULES: Mapping[type[nn.Module], Callable[..., nn.Module]] = MappingProxyType(
 _TRANSPARENT: tuple[type[nn.Module], ...] = (
     MultimodalModel,
     BasicBlock,
+    BoostedHead,
     *FUSIONS.values(),
     nn.Sequential,
     nn.ModuleDict,

@@ -9,6 +9,7 @@ from fedmm.config.schema import Plugin
 from fedmm.objectives.agm import AdaptiveModulation
 from fedmm.objectives.base import Objective
 from fedmm.objectives.gblend import GradientBlending
+from fedmm.objectives.boosting import Boosting
 from fedmm.objectives.infiltration import Infiltration
 from fedmm.objectives.joint import Auxiliary, Joint, Prox
 from fedmm.objectives.mla import Alternating
@@ -26,6 +27,7 @@ OBJECTIVES: Mapping[str, type[Objective]] = MappingProxyType(
         "joint": Joint,
         "prox": Prox,
         "auxiliary": Auxiliary,
+        "boosting": Boosting,
         "infiltration": Infiltration,
         "prototypes": Prototypes,
         "negative": Negative,

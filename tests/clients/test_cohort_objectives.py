@@ -3,6 +3,7 @@
 Clients differ in samples, steps, local epochs and batch size; samples lack modalities and hold NaN there.
 """
 
+import boosting
 import numpy as np
 import pytest
 import tiny
@@ -68,6 +69,8 @@ def knowledge(model):
 
 
 def network(objective):
+    if "boosting" in objective.requires:
+        return boosting.network(MODALITIES)
     fusion = "sum" if "shared_head" in objective.requires else "concat"
     return tiny.model(MODALITIES, 0, 2 if "projector" in objective.requires else None, fusion=fusion)
 
