@@ -18,6 +18,7 @@ round has no older model, and no contrast. Features are the encoders' outputs, w
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -70,14 +71,14 @@ class ModelContrast(Objective):
             {m: batch.rows(state[f"sample.{kind}.{m}"]) for m in batch.x} for kind in ("global", "previous")
         ]
         if self.level == "joint":
-            term = contrast(*[torch.cat(list(of.values()), -1) for of in kinds], self.tau)
+            term = contrast([torch.cat(list(of.values()), -1) for of in kinds], self.tau)
             return (loss + self.mu * masked_mean(term, torch.stack(list(batch.present.values())).any(0)),)
         for m, here in batch.present.items():
-            loss = loss + self.mu * masked_mean(contrast(*[of[m] for of in kinds], self.tau), here)
+            loss = loss + self.mu * masked_mean(contrast([of[m] for of in kinds], self.tau), here)
         return (loss,)
 
 
-def contrast(z: Tensor, attract: Tensor, repel: Tensor, tau: float) -> Tensor:
-    """l_con of every sample, [..., B], from features [..., B, d] of the three models."""
-    near, far = (F.cosine_similarity(z, other, dim=-1) for other in (attract, repel))
+def contrast(features: Sequence[Tensor], tau: float) -> Tensor:
+    """l_con of every sample, [..., B], from z, z_glob and z_prev, [..., B, d] each."""
+    near, far = (F.cosine_similarity(features[0], other, dim=-1) for other in features[1:])
     return F.softplus((far - near) / tau)
