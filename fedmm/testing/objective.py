@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
 from fedmm import seeding
-from fedmm.config.schema import ModelConfig, ProjectorConfig
+from fedmm.config.schema import BoostingConfig, ModelConfig, ProjectorConfig
 from fedmm.metrics.fields import Sizes, fault
 from fedmm.models import MultimodalModel, block_of, blocks_of, build_model
 from fedmm.objectives import Objective
@@ -73,6 +73,8 @@ class _Case:
             width=5,
             projector=ProjectorConfig(depth=2) if "projector" in requires else None,
             unimodal_heads=bool(requires & {"projector", "unimodal_heads"}),
+            fusion="late" if "boosting" in requires else "concat",
+            boosting=BoostingConfig(slots=2, hidden=5) if "boosting" in requires else None,
         )
         specs = {m: ModalitySpec("vector", (6,)) for m in self.modalities}
         return build_model(specs, _CLASSES, config, seed)
