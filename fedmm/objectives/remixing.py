@@ -8,14 +8,17 @@ modality suppresses another and their gradients do not clash inside a batch.
                  D_m = {i : m*_i = m}, every other modality of i is left out         Eq. 7, 8
     afterwards   every batch from one D_m:  L = CE(out(m alone), y) + weight CE(o^m, y)      Eq. 9, 10
 
-The received global model assigns, once a round. A client whose D_m is empty sends no block of m: it has no say there.
+The received global model assigns, once a round; with `reassign: epoch` the model in training assigns anew before each
+further local epoch (Algorithm 1). A client none of whose batches had m sends no block of m: it has no say there.
 
 State: whether the warm-up is over, the weight, and for each modality which samples keep it.
 Messages: none besides the model.
 Differences from the paper: warm-up in rounds, assignment in rounds; argmin over the modalities that a sample has.
 `mask: skip` leaves the other encoders out of the batch, which equals Eq. 10 and leaves their statistics and weights
 alone; `feature` (the authors' code) runs them and zeroes their output, `input` (Eq. 7 to the letter) zeroes the input.
-Clients draw their batches from subsets of unequal sizes, so training several at once gains nothing.
+Clients train one by one: subsets of unequal sizes give each its own number and order of unimodal batches, and an
+encoder that a batch skips must not move, not even by momentum; a stack would have to compute every encoder in every
+step, and to hold back single clients' updates.
 """
 
 from __future__ import annotations
@@ -46,6 +49,7 @@ class Remixing(Objective):
         weight: Weight of the kept modality's cross-entropy afterwards.
         mask: What becomes of the modalities that a sample does not keep.
         order: Batches of the subsets in random order, or subset after subset in slot order.
+        reassign: Who keeps what is decided once a round, or before each local epoch.
         reassemble: Draw every batch from one subset; without it samples are masked but batches stay mixed (ablation).
     """
 
@@ -56,6 +60,7 @@ class Remixing(Objective):
     weight: float = 1.0
     mask: Literal["skip", "feature", "input"] = "skip"
     order: Literal["interleave", "blocked"] = "interleave"
+    reassign: Literal["round", "epoch"] = "round"
     reassemble: bool = True
 
     def begin(self, model: MultimodalModel, data: ClientData, broadcast: Tensors) -> Tensors:
@@ -65,6 +70,14 @@ class Remixing(Objective):
         state = {f"sample.kept.{m}": mask.clone() for m, mask in kept.items()}
         weight = torch.where(remix, self.weight, self.warmup_weight)
         return state | {"remix": remix, "own_weight": weight}
+
+    def renew(self, model: MultimodalModel, data: ClientData, state: Tensors) -> Tensors:
+        """With `reassign: epoch` the model in training assigns, once the warm-up is over."""
+        if self.reassign == "round" or not bool(state["remix"]):
+            return {}
+        return {
+            f"sample.kept.{m}": kept for m, kept in assign(predict(model, data).modality_logits, data.present).items()
+        }
 
     def batches(self, data: ClientData, state: Tensors, size: int, generator: torch.Generator) -> Iterator[Batch]:
         """Batches of one epoch, each from one subset; as the base during the warm-up."""

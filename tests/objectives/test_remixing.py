@@ -64,6 +64,21 @@ def test_the_harder_modality_keeps_the_larger_share_and_learns_more():
     assert sum(gains) / 2 > 0.04
 
 
+def test_each_epoch_assigns_anew_if_told_to():
+    config = tiny.config("remix", **HARD_SECOND)
+    ends = {}
+    for reassign in ("round", "epoch"):
+        for warmup, epochs in ((0, 1), (0, 3), (9, 3)):
+            model, data, _ = start(config)
+            objective = Remixing(warmup_rounds=warmup, reassign=reassign)
+            schedule = LocalSchedule(epochs, 16, 0.05, 0.0, 0.0)
+            train(model, objective, data, data.modalities, {"round": torch.tensor(1)}, schedule, 0, 1, 0)
+            ends[reassign, warmup, epochs] = model.head["joint"].weight.detach()
+    assert torch.equal(ends["round", 0, 1], ends["epoch", 0, 1])
+    assert not torch.equal(ends["round", 0, 3], ends["epoch", 0, 3])
+    assert torch.equal(ends["round", 9, 3], ends["epoch", 9, 3])
+
+
 IMAGES = {m: ModalitySpec("image", (1, 8, 8)) for m in ("a", "b")}
 
 

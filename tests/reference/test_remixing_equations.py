@@ -103,6 +103,21 @@ def test_an_epoch_shows_every_sample_once_in_batches_of_one_subset(mask, order):
     assert [b.index.tolist() for b in batches(objective, data, state, seed=1)] != [b.index.tolist() for b in found]
 
 
+def test_the_model_in_training_assigns_before_further_epochs():
+    modalities = tiny.names(3)
+    data = tiny.data(modalities, 20, 2, 0.2)
+    model, objective, state = start(modalities, data, 2, reassign="epoch")
+    first = kept_of(model, data)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.5 * torch.randn(parameter.shape, generator=torch_rng(2, "drift"), dtype=torch.float64)
+    state |= objective.renew(model, data, state)
+    second = kept_of(model, data)
+    assert first != second
+    for m in modalities:
+        assert state[f"sample.kept.{m}"].tolist() == [kept == m for kept in second]
+
+
 def test_skipped_encoders_get_no_gradient_at_all():
     modalities = tiny.names(3)
     data = tiny.data(modalities, 20)
