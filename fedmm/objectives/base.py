@@ -78,7 +78,10 @@ class Objective:
         return {}
 
     def renew(self, model: MultimodalModel, data: ClientData, state: Tensors) -> Tensors:
-        """What changes in the state before each epoch but the first; `model` is the one in training."""
+        """What changes in the state before each epoch but the first; `model` is the one in training.
+
+        Of a stack it is given the clients whose epoch begins now.
+        """
         return {}
 
     def batches(self, data: ClientData, state: Tensors, size: int, generator: torch.Generator) -> Iterator[Batch]:

@@ -12,7 +12,7 @@ The received global model assigns, once a round; with `reassign: epoch` the mode
 further local epoch (Algorithm 1). A client none of whose batches had m sends no block of m: it has no say there.
 
 State: whether the warm-up is over, the weight, and for each modality which samples keep it.
-Messages: none besides the model.
+Messages: none besides the model; with `report_subsets` |D_m| up.
 Differences from the paper: warm-up in rounds, assignment in rounds; argmin over the modalities that a sample has.
 `mask: skip` leaves the other encoders out of the batch, which equals Eq. 10 and leaves their statistics and weights
 alone; `feature` (the authors' code) runs them and zeroes their output, `input` (Eq. 7 to the letter) zeroes the input.
@@ -32,6 +32,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fedmm.metrics.fields import Field, Fields, Sizes
 from fedmm.metrics.local import predict
 from fedmm.models.blocks import modality_of
 from fedmm.models.multimodal import MultimodalModel
@@ -50,6 +51,7 @@ class Remixing(Objective):
         mask: What becomes of the modalities that a sample does not keep.
         order: Batches of the subsets in random order, or subset after subset in slot order.
         reassign: Who keeps what is decided once a round, or before each local epoch.
+        report_subsets: Tell the server how many samples keep each modality (strategy `subset` weighs clients by it).
         reassemble: Draw every batch from one subset; without it samples are masked but batches stay mixed (ablation).
     """
 
@@ -61,6 +63,7 @@ class Remixing(Objective):
     mask: Literal["skip", "feature", "input"] = "skip"
     order: Literal["interleave", "blocked"] = "interleave"
     reassign: Literal["round", "epoch"] = "round"
+    report_subsets: bool = False
     reassemble: bool = True
 
     def begin(self, model: MultimodalModel, data: ClientData, broadcast: Tensors) -> Tensors:
@@ -117,6 +120,16 @@ class Remixing(Objective):
             own = F.cross_entropy(logits, batch.y, reduction="none")
             loss = loss + state["own_weight"] * masked_mean(own, kept[m])
         return (loss,)
+
+    def end(self, model: MultimodalModel, data: ClientData, state: Tensors) -> Tensors:
+        """|D_m| of the last assignment; in the warm-up, how many samples have m."""
+        if not self.report_subsets:
+            return {}
+        return {f"subset.{m}": state[f"sample.kept.{m}"].sum().to(torch.float64) for m in data.modalities}
+
+    def report_fields(self, modalities: Sequence[str], size: Sizes) -> Fields:
+        """A count a modality, if asked for."""
+        return {f"subset.{m}": Field(()) for m in modalities} if self.report_subsets else {}
 
     def optional_blocks(self, blocks: Iterable[str], modalities: Sequence[str]) -> tuple[str, ...]:
         """Every block of a single modality: its subset may be empty."""

@@ -8,8 +8,9 @@ from types import MappingProxyType
 from fedmm.config.schema import Plugin
 from fedmm.plugins import build
 from server.strategies.base import FedAvg, Strategy
+from server.strategies.subset import SubsetWeighted
 
-STRATEGIES: Mapping[str, type[Strategy]] = MappingProxyType({"fedavg": FedAvg})
+STRATEGIES: Mapping[str, type[Strategy]] = MappingProxyType({"fedavg": FedAvg, "subset": SubsetWeighted})
 
 
 def build_strategy(plugin: Plugin) -> Strategy:

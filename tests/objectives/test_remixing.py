@@ -15,6 +15,8 @@ from fedmm.objectives.joint import Auxiliary
 from fedmm.objectives.remixing import Remixing
 from fedmm.testing.objective import check_objective
 from fedmm.types import ClientData, ModalitySpec
+from server.aggregation import Update
+from server.strategies.subset import SubsetWeighted
 
 HARD_SECOND = {
     "data__params__unique": 0.0,
@@ -79,6 +81,35 @@ def test_each_epoch_assigns_anew_if_told_to():
     assert torch.equal(ends["round", 9, 3], ends["epoch", 9, 3])
 
 
+def test_clients_weigh_by_the_samples_that_keep_a_modality(tmp_path):
+    """The strategy's mean by hand, and a run that it changes."""
+    model = {n: torch.zeros(2) for n in ("encoder.a.w", "encoder.b.w", "head.joint.w")}
+
+    def update(k, samples, report, blocks):
+        trained = {n: torch.full((2,), k + 1.0) for n in model if block_of(n) in blocks}
+        counts = {f"subset.{m}": torch.tensor(float(c), dtype=torch.float64) for m, c in report.items()}
+        return Update(k, samples, ("a", "b"), trained, counts, 0.0, True)
+
+    everything = ("encoder.a", "encoder.b", "head.joint")
+    updates = [
+        update(0, 10, {"a": 9, "b": 1}, everything),
+        update(1, 30, {"a": 3, "b": 27}, everything),
+        update(2, 20, {"a": 20, "b": 0}, ("encoder.a", "head.joint")),
+    ]
+    found, _ = SubsetWeighted().aggregate(model, updates, {}, 1)
+    assert float(found["encoder.a.w"][0]) == pytest.approx((9 * 1 + 3 * 2 + 20 * 3) / 32)
+    assert float(found["encoder.b.w"][0]) == pytest.approx((1 * 1 + 27 * 2) / 28)
+    assert float(found["head.joint.w"][0]) == pytest.approx((10 * 1 + 30 * 2 + 20 * 3) / 60)
+
+    hashes = set()
+    for strategy in ("fedavg", "subset"):
+        config = tiny.config(
+            "remix", objective__warmup_rounds=0, objective__report_subsets=True, strategy__name=strategy
+        )
+        hashes.add(tiny.run(tmp_path / strategy, config)["weights_sha256"])
+    assert len(hashes) == 2
+
+
 IMAGES = {m: ModalitySpec("image", (1, 8, 8)) for m in ("a", "b")}
 
 
@@ -123,7 +154,7 @@ def test_optional_blocks_are_those_of_a_modality():
 
 @pytest.mark.parametrize("mask", ["feature", "input"])
 def test_variants_keep_the_contract(mask):
-    check_objective(Remixing(mask=mask, warmup_rounds=0))
+    check_objective(Remixing(mask=mask, warmup_rounds=0, reassign="epoch", report_subsets=True))
 
 
 def test_one_client_is_a_plain_training_loop(tmp_path):
