@@ -21,6 +21,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from clients.optimiser import StackedSGD
 from clients.trainer import LocalSchedule, gradients_of
 from fedmm import seeding
 from fedmm.data.federation import Pool
@@ -28,7 +29,10 @@ from fedmm.metrics.local import STATISTICS
 from fedmm.models.blocks import block_of, blocks_of
 from fedmm.models.stacked import Stack
 from fedmm.objectives import Objective
-from fedmm.types import Batch, ClientData, Tensors
+from fedmm.types import Batch, ClientData, Presence, Tensors
+
+_GATHERED = 8 * 2**20
+"""Bytes of samples that are gathered at a time."""
 
 _WIDTH = 8
 """Batches and splits are filled up to multiples of this many rows."""
@@ -210,16 +214,17 @@ def _schedule(members: Sequence[Member], samples: Counts) -> tuple[Counts, _Plan
 
 
 def _batches(plan: _Plan, members: Sequence[Member], seed: int, round: int) -> npt.NDArray[np.int64]:
-    """Row of each client's data for every step and place, [K, S, B]; the draws of `Objective.batches`."""
+    """Row of each client's data for every step and place, [S, K, B]; the draws of `Objective.batches`."""
     width = _up(int(plan.sizes.max()))
-    index = np.zeros((len(members), plan.sizes.shape[1], max(width, int(plan.batch_size.max()))), dtype=np.int64)
+    shape = plan.sizes.shape[1], len(members), max(width, int(plan.batch_size.max()))
+    index = np.zeros(shape, dtype=np.int64)
     for k, member in enumerate(members):
         generator = seeding.torch_rng(seed, "batches", round, member.client)
         n, size, per = int(plan.samples[k]), int(plan.batch_size[k]), int(plan.epoch_steps[k])
         rows = np.zeros(per * size, dtype=np.int64)
         for epoch in range(int(plan.epochs[k])):
             rows[:n] = torch.randperm(n, generator=generator).numpy()
-            index[k, epoch * per : (epoch + 1) * per, :size] = rows.reshape(per, size)
+            index[epoch * per : (epoch + 1) * per, k, :size] = rows.reshape(per, size)
     return index[:, :, :width]
 
 
@@ -245,20 +250,24 @@ def _train(
     """
     count, device = len(members), pool.y.device
     rows = torch.as_tensor(_batches(plan, members, seed, round), device=device)
-    place = torch.arange(rows.shape[2], device=device)
-    sizes = torch.as_tensor(plan.sizes, device=device)
-    real = place < sizes.unsqueeze(-1)
-    shares = real.to(next(iter(received.values())).dtype) / sizes.unsqueeze(-1).clamp(min=1)
-    last = torch.as_tensor(np.arange(rows.shape[1])[None, :] >= (plan.steps - plan.epoch_steps)[:, None], device=device)
-    counted = (sizes * last).to(torch.float64)
+    sizes = torch.as_tensor(plan.sizes.T, device=device)
+    stretch = max(1, _GATHERED // (pool.sample_bytes(modalities) * rows[0].numel()))
+    active_at = (plan.steps[:, None] > np.arange(len(rows))).sum(0)
+    widths = [_up(int(plan.sizes[:, step].max())) for step in range(len(rows))]
+    last = np.arange(len(rows))[:, None] >= (plan.steps - plan.epoch_steps)[None, :]
+    counted = torch.as_tensor(plan.sizes.T * last, device=device).to(torch.float64)
+    dtype = next(iter(received.values())).dtype
     noisy = type(objective).noise is not Objective.noise
     generators = [seeding.torch_rng(seed, "noise", round, m.client) for m in members] if noisy else []
     total = torch.zeros(count, dtype=torch.float64, device=device)
-    optimiser = _StackedSGD(stack, received, trained, count, members[0].schedule)
+    optimiser = StackedSGD(stack, received, trained, count, members[0].schedule)
     kept = [n for n in state if n.startswith("kept.")]
     active, mine, parts = -1, state, 1
-    for step in range(rows.shape[1]):
-        now = int((plan.steps > step).sum())
+    for step in range(len(rows)):
+        if step % stretch == 0:
+            part_of = slice(step, step + stretch)
+            feed = _feed(pool, modalities, starts, rows[part_of], sizes[part_of], dtype)
+        now = int(active_at[step])
         if now != active:
             active = now
             mine = {n: t[:active] for n, t in state.items()}
@@ -270,8 +279,7 @@ def _train(
                 state[n] = state[n].index_copy(0, which, fresh)
             mine = {n: t[:active] for n, t in state.items()}
             optimiser.narrow(active)
-        width = _up(int(plan.sizes[:active, step].max()))
-        batch = _batch(pool, modalities, starts[:active], rows, real, shares, active, step, width)
+        batch = feed.batch(step % stretch, active, widths[step])
         part, parts = 0, 1
         while part < parts:
             with meter.running():
@@ -295,26 +303,58 @@ def _train(
             for n in kept:
                 mine[n] = seen[n].detach()
                 state[n] = mine[n] if active == count else torch.cat([mine[n], state[n][active:]])
-            total[:active] += loss.detach().to(torch.float64) * counted[:active, step]
+            total[:active] += loss.detach().to(torch.float64) * counted[step, :active]
             part += 1
     return optimiser.weights(), total.cpu(), parts
 
 
-def _batch(
-    pool: Pool,
-    modalities: Sequence[str],
-    starts: Tensor,
-    rows: Tensor,
-    real: Tensor,
-    shares: Tensor,
-    active: int,
-    step: int,
-    width: int,
-) -> Batch:
-    index, here = rows[:active, step, :width], real[:active, step, :width]
-    at = index + starts.unsqueeze(1)
-    present = {m: here if m in pool.complete else pool.present[m][at] & here for m in modalities}
-    return Batch({m: pool.x[m][at] for m in modalities}, present, pool.y[at], index, shares[:active, step, :width])
+@dataclass(frozen=True)
+class _Feed:
+    """The batches of a stretch of steps, gathered at once: [S, K, B, ...] each."""
+
+    x: Tensors
+    present: Tensors
+    y: Tensor
+    index: Tensor
+    weight: Tensor
+    whole: frozenset[str]
+
+    def batch(self, step: int, active: int, width: int) -> Batch:
+        """The first clients' batch of one step."""
+        present = {m: p[step, :active, :width] for m, p in self.present.items()}
+        return Batch(
+            {m: x[step, :active, :width] for m, x in self.x.items()},
+            Presence(present, self.whole),
+            self.y[step, :active, :width],
+            self.index[step, :active, :width],
+            self.weight[step, :active, :width],
+        )
+
+
+def _feed(
+    pool: Pool, modalities: Sequence[str], starts: Tensor, index: Tensor, sizes: Tensor, dtype: torch.dtype
+) -> _Feed:
+    """Gather the samples of some steps.
+
+    Args:
+        pool: Samples of all clients.
+        modalities: Those to train.
+        starts: First row of each client in the pool [K].
+        index: Row of each sample in its client's data [S, K, B].
+        sizes: True batch sizes [S, K].
+        dtype: Of the samples' weights.
+    """
+    at = (index + starts.unsqueeze(1)).flatten()
+    real = torch.arange(index.shape[2], device=index.device) < sizes.unsqueeze(2)
+    whole = pool.complete.intersection(modalities)
+    return _Feed(
+        {m: pool.x[m].index_select(0, at).view(*index.shape, *pool.x[m].shape[1:]) for m in modalities},
+        {m: real if m in whole else pool.present[m][at].view(index.shape) & real for m in modalities},
+        pool.y.index_select(0, at).view(index.shape),
+        index,
+        real.to(dtype) / sizes.unsqueeze(2).clamp(min=1),
+        whole,
+    )
 
 
 def _whole(pool: Pool, starts: Tensor, samples: Counts, modalities: Sequence[str]) -> ClientData:
@@ -352,95 +392,6 @@ def _noise(stack: Stack, objective: Objective, parameters: Tensors, generators: 
         )
         for key in (draws[0] if draws else {})
     }
-
-
-class _StackedSGD:
-    """`clients.trainer.sgd_step` on stacks; the first step makes the copies that the clients diverge from.
-
-    Until a tensor's first gradient, all clients share the received one.
-    """
-
-    def __init__(
-        self, stack: Stack, received: Tensors, trained: Sequence[str], count: int, schedule: LocalSchedule
-    ) -> None:
-        self._stack = stack
-        self._rates = schedule.lr, schedule.momentum, schedule.weight_decay, schedule.clip
-        self._w = {n: stack.expand(n, received[n], count) for n in trained}
-        self._fixed = {n: stack.expand(n, t, count) for n, t in received.items() if n not in self._w}
-        self._v: Tensors = {}
-        self._owned: set[str] = set()
-        self._count = self._active = count
-        self._bound: Tensors | None = None
-
-    def narrow(self, active: int) -> None:
-        """Go on with the first `active` clients."""
-        self._active, self._bound = active, None
-        self._stack.bind({n: w[:active] for n, w in self._fixed.items()})
-
-    def show(self, rows: Tensor) -> None:
-        """Bind the weights of some clients to the twin, to look at; `narrow` goes on."""
-        self._stack.bind({n: t[rows] for n, t in (self._fixed | self._w).items()})
-
-    def parameters(self) -> Tensors:
-        """The active clients' tensors, as parameters of the twin."""
-        if self._bound is None:
-            self._bound = self._stack.bind({n: w[: self._active] for n, w in self._w.items()})
-        return self._bound
-
-    def step(self, gradients: Tensors) -> None:
-        """One step of SGD with clipping, weight decay and momentum; tensors without gradient stay."""
-        if not gradients:
-            return
-        lr, momentum, decay, clip = self._rates
-        g = {n: t.contiguous() for n, t in gradients.items()}
-        if clip is not None:
-            norm = torch.stack([t.flatten(1).square().sum(1) for t in g.values()]).sum(0).sqrt()
-            scale = torch.clamp(clip / (norm + 1e-6), max=1.0)
-            g = {n: t * scale.reshape(-1, *[1] * (t.dim() - 1)) for n, t in g.items()}
-        names = list(g)
-        w = [self._w[n][: self._active] for n in names]
-        update = list(g.values())
-        if decay:
-            update = list(torch._foreach_add(update, w, alpha=decay))
-        if momentum:
-            update = self._accelerate(names, update, momentum)
-        fresh = [i for i, n in enumerate(names) if n not in self._owned]
-        for i in fresh:
-            if self._active < self._count:
-                self._w[names[i]] = self._w[names[i]].contiguous()
-                w[i] = self._w[names[i]][: self._active]
-                w[i].add_(update[i], alpha=-lr)
-            else:
-                self._w[names[i]] = torch.add(w[i], update[i], alpha=-lr).contiguous()
-        if fresh:
-            self._owned |= set(names)
-            self._bound = None
-        if old := [i for i in range(len(names)) if i not in set(fresh)]:
-            torch._foreach_add_([w[i] for i in old], [update[i] for i in old], alpha=-lr)
-
-    def _accelerate(self, names: Sequence[str], update: list[Tensor], momentum: float) -> list[Tensor]:
-        """V <- momentum v + g; the first gradient becomes v itself."""
-        known = [i for i, n in enumerate(names) if n in self._v]
-        if known:
-            v = [self._v[names[i]][: self._active] for i in known]
-            torch._foreach_mul_(v, momentum)
-            torch._foreach_add_(v, [update[i] for i in known])
-        met: set[int] = set()
-        for i, n in enumerate(names):
-            if n not in self._v:
-                # Autograd may hand one tensor to two parameters, or one that its graph still holds.
-                v0 = update[i].clone() if update[i].data_ptr() in met or self._active < self._count else update[i]
-                met.add(v0.data_ptr())
-                if self._active < self._count:
-                    whole = v0.new_zeros(self._count, *v0.shape[1:])
-                    whole[: self._active] = v0
-                    v0 = whole
-                self._v[n] = v0
-        return [self._v[n][: self._active] for n in names]
-
-    def weights(self) -> Tensors:
-        """All trained tensors [K, ...]."""
-        return dict(self._w)
 
 
 def _up(n: int) -> int:

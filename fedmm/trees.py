@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
-import torch
 from torch import Tensor
 
 from fedmm.types import Tensors
+
+_TOGETHER = 2**16
+"""Numbers of a client that are added up at a time."""
 
 Run = tuple[int, int]
 """First place of an aligned run, and its length, a power of two."""
@@ -29,22 +31,52 @@ def tree_sum(terms: Sequence[Tensor | None]) -> Tensor | None:
     return level[0] if level else None
 
 
-def tree_sum_rows(rows: Tensor, weights: Tensor) -> Tensor:
-    """`tree_sum` of rows times weights, float64, for places that all have a term.
+def tree_sum_rows(rows: Mapping[str, Tensor], weights: Tensor) -> Tensors:
+    """`tree_sum` of rows times weights, for places that all have a term.
 
     Args:
-        rows: [K, *shape], any float type.
+        rows: Name -> [K, *shape], any float type.
         weights: float64 [K].
 
     Returns:
-        float64 [*shape].
+        Name -> float64 [*shape].
     """
-    level = rows.to(torch.float64) * weights.reshape(-1, *[1] * (rows.dim() - 1))
+    sums: Tensors = {}
+    group: dict[str, tuple[Tensor, list[int]]] = {}
+    width = 0
+    for name, tensor in rows.items():
+        # In the order of memory, whatever the order of axes: a stack's weights are transposed views.
+        axes = sorted(range(1, tensor.dim()), key=tensor.stride().__getitem__, reverse=True)
+        size = tensor[0].numel()
+        if group and width + size > _TOGETHER:
+            sums |= _sum_group(group, width, weights)
+            group, width = {}, 0
+        group[name] = tensor.permute(0, *axes), axes
+        width += size
+    return sums | _sum_group(group, width, weights)
+
+
+def _sum_group(group: Mapping[str, tuple[Tensor, list[int]]], width: int, weights: Tensor) -> Tensors:
+    """Sums of tensors [K, ...] side by side in one buffer: few operations, on memory that stays in the cache."""
+    level = weights.new_empty(len(weights), width)
+    start = 0
+    for tensor, _ in group.values():
+        stop = start + tensor[0].numel()
+        level[:, start:stop].view(tensor.shape).copy_(tensor)
+        start = stop
+    level.mul_(weights.unsqueeze(1))
     while len(level) > 1:
-        pairs = len(level) // 2
-        above = level[0 : 2 * pairs : 2] + level[1 : 2 * pairs : 2]
-        level = torch.cat([above, level[2 * pairs :]]) if len(level) % 2 else above
-    return level[0]
+        pairs = 2 * (len(level) // 2)
+        level[0:pairs:2].add_(level[1:pairs:2])
+        level = level[0::2]
+    sums: Tensors = {}
+    start = 0
+    for name, (tensor, axes) in group.items():
+        stop = start + tensor[0].numel()
+        back = sorted(range(len(axes)), key=lambda i: axes[i])
+        sums[name] = level[0, start:stop].view(tensor.shape[1:]).permute(back)
+        start = stop
+    return sums
 
 
 def add_named(a: Tensors | None, b: Tensors | None) -> Tensors | None:

@@ -71,6 +71,19 @@ class Dataset:
 SPLITS = {"train": 0, "val": 1, "test": 2}
 
 
+class Presence(dict[str, Tensor]):
+    """Masks of presence that know which modalities no sample lacks: a model need not mask those.
+
+    Args:
+        masks: Modality -> bool [..., B]; False also in rows that only fill up a stack.
+        whole: Modalities that every sample has, those that fill up included.
+    """
+
+    def __init__(self, masks: dict[str, Tensor], whole: frozenset[str]) -> None:
+        super().__init__(masks)
+        self.whole = whole
+
+
 @dataclass(frozen=True)
 class Batch:
     """What a model and an objective see of B samples: of one client, or of K clients stacked.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -41,6 +41,10 @@ class Pool:
     classes: int
     complete: frozenset[str]
     owned: tuple[tuple[str, ...], ...]
+
+    def sample_bytes(self, modalities: Sequence[str]) -> int:
+        """Bytes of one sample."""
+        return sum(self.x[m][0].numel() * self.x[m].element_size() for m in modalities)
 
     def class_counts(self) -> npt.NDArray[np.int64]:
         """Samples of each client and class, int64 [K, C]."""

@@ -1,0 +1,123 @@
+"""SGD on stacks of clients: the arithmetic of `clients.trainer.sgd_step`, for each client's rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from clients.trainer import LocalSchedule
+from fedmm.models.stacked import Stack
+from fedmm.types import Tensors
+
+_VECTOR = 64
+"""Numbers that the fused kernel handles at a time: only whole vectors round alike in a stack of any size."""
+
+
+class StackedSGD:
+    """The weights of a stack in training; until a tensor's first gradient, all clients share the received one.
+
+    Args:
+        stack: The model's stacked twin, to which the weights are bound.
+        received: Global model, in the plain layout.
+        trained: Names of the tensors that train.
+        count: Clients K.
+        schedule: Rates.
+    """
+
+    def __init__(
+        self, stack: Stack, received: Tensors, trained: Sequence[str], count: int, schedule: LocalSchedule
+    ) -> None:
+        self._stack = stack
+        self._lr, self._momentum = schedule.lr, schedule.momentum
+        self._decay, self._clip = schedule.weight_decay, schedule.clip
+        self._w = {n: stack.expand(n, received[n], count) for n in trained}
+        self._fixed = {n: stack.expand(n, t, count) for n, t in received.items() if n not in self._w}
+        self._v: Tensors = {}
+        self._owned: set[str] = set()
+        self._count = self._active = count
+        self._bound: Tensors | None = None
+
+    def narrow(self, active: int) -> None:
+        """Go on with the first `active` clients."""
+        self._active, self._bound = active, None
+        self._stack.bind({n: w[:active] for n, w in self._fixed.items()})
+
+    def show(self, rows: Tensor) -> None:
+        """Bind the weights of some clients to the twin, to look at; `narrow` goes on."""
+        self._stack.bind({n: t[rows] for n, t in (self._fixed | self._w).items()})
+
+    def parameters(self) -> Tensors:
+        """The active clients' tensors, as parameters of the twin."""
+        if self._bound is None:
+            self._bound = self._stack.bind({n: w[: self._active] for n, w in self._w.items()})
+        return self._bound
+
+    def weights(self) -> Tensors:
+        """All trained tensors [K, ...]."""
+        return dict(self._w)
+
+    def step(self, gradients: Tensors) -> None:
+        """One step of SGD with clipping, weight decay and momentum; tensors without gradient stay."""
+        g = {n: t.contiguous() for n, t in gradients.items()}
+        if self._clip is not None and g:
+            norm = torch.stack([t.flatten(1).square().sum(1) for t in g.values()]).sum(0).sqrt()
+            scale = torch.clamp(self._clip / (norm + 1e-6), max=1.0)
+            g = {n: t * scale.reshape(-1, *[1] * (t.dim() - 1)) for n, t in g.items()}
+        fresh = {n: t for n, t in g.items() if n not in self._owned}
+        if fresh:
+            self._diverge(fresh)
+            g = {n: t for n, t in g.items() if n not in fresh}
+        if not g:
+            return
+        fused = [n for n, t in g.items() if self._momentum and t[0].numel() % _VECTOR == 0]
+        others = [n for n in g if n not in set(fused)]
+        if fused:
+            # One pass over weights, gradients and momenta instead of three. Contiguous tensors only: on others this
+            # kernel writes to memory that is not theirs.
+            torch._fused_sgd_(
+                self._rows(self._w, fused),
+                [g[n] for n in fused],
+                self._rows(self._v, fused),
+                weight_decay=self._decay,
+                momentum=self._momentum,
+                lr=self._lr,
+                dampening=0.0,
+                nesterov=False,
+                maximize=False,
+                is_first_step=False,
+            )
+        if others:
+            w, update = self._rows(self._w, others), [g[n] for n in others]
+            if self._decay:
+                update = list(torch._foreach_add(update, w, alpha=self._decay))
+            if self._momentum:
+                v = self._rows(self._v, others)
+                torch._foreach_mul_(v, self._momentum)
+                torch._foreach_add_(v, update)
+                update = v
+            torch._foreach_add_(w, update, alpha=-self._lr)
+
+    def _rows(self, tensors: Tensors, names: Sequence[str]) -> list[Tensor]:
+        """The active clients' part of tensors: contiguous, as clients come first."""
+        return [tensors[n][: self._active] for n in names]
+
+    def _diverge(self, gradients: Tensors) -> None:
+        """The first step of some tensors: each client gets its own copy, and v <- g."""
+        met: set[int] = set()
+        for n, g in gradients.items():
+            shared = self._w[n]
+            update = g + self._decay * shared[: self._active] if self._decay else g
+            self._w[n] = shared.contiguous() if self._active < self._count else torch.empty_like(g)
+            torch.add(shared[: self._active], update, alpha=-self._lr, out=self._w[n][: self._active])
+            if self._momentum:
+                if self._active < self._count:
+                    self._v[n] = update.new_zeros(self._w[n].shape)
+                    self._v[n][: self._active] = update
+                else:
+                    # Autograd may hand one tensor to two parameters.
+                    self._v[n] = update.clone() if update.data_ptr() in met else update
+                    met.add(self._v[n].data_ptr())
+        self._owned |= set(gradients)
+        self._bound = None
