@@ -17,7 +17,7 @@ from flwr.clientapp import ClientApp
 from clients.cohort import Member
 from clients.crew import train_together
 from clients.faults import data_root, faults_mod
-from clients.trainer import LocalSchedule
+from clients.terms import local_schedule, workspace_in
 from clients.workspace import Workspace, workspace
 from fedmm.metrics.local import STATISTICS, evaluate
 from fedmm.types import Tensors
@@ -71,17 +71,15 @@ def statistics(message: Message, context: Context) -> Message:
 def train(message: Message, context: Context) -> Message:
     """Train locally and return the trained blocks with the statistics that the server asked for."""
     task, here = _open(message, context)
-    settings = here.config.train
-    schedule = LocalSchedule(
-        task.epochs, settings.batch_size, task.lr, settings.momentum, settings.weight_decay, settings.clip
-    )
+    terms = task.terms
+    schedule = local_schedule(here.config.train, task.epochs, task.lr, terms)
     outcome = train_together(
-        here,
+        workspace_in(terms.precision, task.spec, data_root(context)),
         here.decode(message.content.array_records["model"]),
         _broadcast(message, task),
         [Member(task.client, schedule)],
         task.modalities,
-        task.round,
+        task.round if terms.stream is None else terms.stream,
         task.requests,
     )
     header = ReplyHeader(

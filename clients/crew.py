@@ -19,14 +19,16 @@ from torch import Tensor
 
 from clients.cohort import Member, Meter, train_stack
 from clients.faults import planned_faults, spoil
-from clients.trainer import LocalSchedule, train
+from clients.terms import cast, local_schedule, workspace_in
+from clients.trainer import train
 from clients.workspace import Workspace, workspace
+from fedmm.engines.allocator import keep_memory
 from fedmm.jobs import Group, Hello, Measure, Measured, Shared, Single, Train, Trained, arrays, tensors
 from fedmm.metrics.local import STATISTICS, evaluate_samples
 from fedmm.models.blocks import blocks_of, is_float
 from fedmm.trees import add_named, tree_sum, tree_sum_rows
 from fedmm.types import SPLITS, ClientData, Tensors
-from fedmm.wire import ReplyHeader
+from fedmm.wire import ReplyHeader, Terms
 
 
 @dataclass(frozen=True)
@@ -60,8 +62,26 @@ def train_together(
 
     In the bootstrap (round 0) prototypes and confidences describe the model as received, as there is no trained
     model yet; afterwards they describe the client's own, trained model (CMSFed) except for the confidence, which
-    always judges the received one (FedCMI).
+    always judges the received one (FedCMI). A workspace in bfloat16 gives its results in the format of `received`.
     """
+    if here.dtype == torch.bfloat16:
+        low = cast(received, here.dtype), cast(broadcast, here.dtype)
+        found = _train_members(here, *low, members, modalities, round, requests, meter)
+        model = {n: t.to(received[n].dtype) for n, t in found.model.items()}
+        return Outcome(model, cast(found.report, torch.float64), found.loss, found.steps)
+    return _train_members(here, received, broadcast, members, modalities, round, requests, meter)
+
+
+def _train_members(
+    here: Workspace,
+    received: Tensors,
+    broadcast: Tensors,
+    members: Sequence[Member],
+    modalities: Sequence[str],
+    round: int,
+    requests: Sequence[str],
+    meter: Meter | None,
+) -> Outcome:
     if here.stack is not None:
         result = train_stack(
             here.stack,
@@ -126,6 +146,7 @@ def work(job: Any, shared: Shared) -> Any:
     # One thread: many clients share the machine, and sums must not depend on how many cores it has.
     if torch.get_num_threads() != 1:
         torch.set_num_threads(1)
+    keep_memory()
     return _WORK[type(job)](job, shared, workspace(shared.spec, None, shared.home))
 
 
@@ -163,22 +184,22 @@ def _train(job: Train, shared: Shared, here: Workspace) -> Trained:
     if faulty:
         job = replace(job, each=True)
     try:
-        return _Crew(job, here, *_receive(shared, here)).run()
+        return _Crew(job, here, shared).run()
     except _NotFiniteError:
-        return _Crew(replace(job, each=True), here, *_receive(shared, here)).run()
+        return _Crew(replace(job, each=True), here, shared).run()
 
 
 class _Crew:
     """One job: recursion over the tree of its places, a stack or a single client at the leaves."""
 
-    def __init__(self, job: Train, here: Workspace, model: Tensors, broadcast: Tensors) -> None:
-        self._job, self._here, self._model = job, here, model
+    def __init__(self, job: Train, here: Workspace, shared: Shared) -> None:
+        self._job, self._here, self._shared = job, here, shared
+        self._model, broadcast = _receive(shared, here)
         self._broadcast = broadcast | {"round": torch.tensor(max(job.round - 1, 0), device=here.device)}
         self._groups: list[Group] = []
         self._singles: list[Single] = []
         self._meter = Meter()
-        t = here.config.train
-        self._schedule = LocalSchedule(job.epochs, t.batch_size, job.lr, t.momentum, t.weight_decay, t.clip)
+        self._terms = job.terms or (Terms(),) * len(job.clients)
         self._leaf = job.cohort if here.stack is not None else 1
 
     def run(self) -> Trained:
@@ -194,24 +215,27 @@ class _Crew:
             return None
         if span > self._leaf:
             return add_named(self._node(start, span // 2), self._node(start + span // 2, span // 2))
-        kinds: dict[tuple[tuple[str, ...], tuple[str, ...]], list[int]] = {}
+        kinds: dict[tuple[Any, ...], list[int]] = {}
         owned = self._here.pool("train").owned
         for i in inside:
-            kinds.setdefault((owned[self._job.clients[i]], self._job.modalities[i]), []).append(i)
-        parts = [(members, self._train(members, modalities)) for (_, modalities), members in kinds.items()]
+            # A stack has one number format, and one path in the seed tree.
+            alike = self._terms[i].precision, self._terms[i].stream
+            kinds.setdefault((owned[self._job.clients[i]], self._job.modalities[i], *alike), []).append(i)
+        parts = [(members, self._train(members)) for members in kinds.values()]
         return None if self._job.each else self._sum(start, span, parts)
 
-    def _train(self, which: Sequence[int], modalities: tuple[str, ...]) -> Outcome:
-        job = self._job
-        members = [Member(job.clients[i], self._schedule) for i in which]
+    def _train(self, which: Sequence[int]) -> Outcome:
+        job, train, shared = self._job, self._here.config.train, self._shared
+        modalities, terms = job.modalities[which[0]], self._terms[which[0]]
+        members = [Member(job.clients[i], local_schedule(train, job.epochs, job.lr, self._terms[i])) for i in which]
         with torch.enable_grad():
             outcome = train_together(
-                self._here,
+                workspace_in(terms.precision, shared.spec, None, shared.home),
                 self._model,
                 self._broadcast,
                 members,
                 modalities,
-                job.round,
+                job.round if terms.stream is None else terms.stream,
                 job.requests,
                 self._meter,
             )
@@ -264,23 +288,30 @@ class _Crew:
 
         A sum over clients is finite only if every term is, so that one look at the sum admits them all.
         """
-        job, sums = self._job, dict[str, Tensor]()
+        job = self._job
         weights = torch.tensor(job.weights, dtype=torch.float64, device=self._here.device)
-        for name in dict.fromkeys(n for _, outcome in parts for n in outcome.model):
-            holders = [(which, outcome.model[name]) for which, outcome in parts if name in outcome.model]
-            which, rows = holders[0]
-            if len(holders) == 1 and [job.places[i] for i in which] == list(range(start, start + len(which))):
-                sums[name] = tree_sum_rows(rows, weights[which[0] : which[0] + len(which)])
-            else:
-                terms: list[Tensor | None] = [None] * span
-                for which, rows in holders:
-                    for row, i in zip(rows, which, strict=True):
-                        terms[job.places[i] - start] = row.to(torch.float64) * weights[i]
-                total = tree_sum(terms)
-                assert total is not None
-                sums[name] = total
+        holders: dict[str, list[tuple[Sequence[int], Tensor]]] = {}
+        for which, outcome in parts:
+            for name, rows in outcome.model.items():
+                holders.setdefault(name, []).append((which, rows))
+        alike: dict[tuple[int, ...], Tensors] = {}
+        sums: Tensors = {}
+        for name, held in holders.items():
+            which, rows = held[0]
+            if len(held) == 1 and [job.places[i] for i in which] == list(range(start, start + len(which))):
+                alike.setdefault(tuple(which), {})[name] = rows
+                continue
+            terms: list[Tensor | None] = [None] * span
+            for which, rows in held:
+                for row, i in zip(rows, which, strict=True):
+                    terms[job.places[i] - start] = row.to(torch.float64) * weights[i]
+            total = tree_sum(terms)
+            assert total is not None
+            sums[name] = total
+        for which, tensors_ in alike.items():
+            sums |= tree_sum_rows(tensors_, weights[list(which)])
         reports = [t for _, outcome in parts for t in outcome.report.values()]
-        if not all(bool(torch.isfinite(t).all()) for t in [*sums.values(), *reports]):
+        if not all(bool(torch.isfinite(t.sum())) for t in [*sums.values(), *reports]):
             raise _NotFiniteError
         return sums
 

@@ -15,7 +15,7 @@ import numpy.typing as npt
 import torch
 
 from fedmm.types import Tensors
-from fedmm.wire import ReplyHeader
+from fedmm.wire import ReplyHeader, Terms
 
 Arrays = dict[str, npt.NDArray[Any]]
 
@@ -60,6 +60,7 @@ class Train:
         deltas: Prefix of the tensors whose change (sent less trained) is wanted; None: of none.
         cohort: Clients in a stack, a power of two; 1: one by one.
         each: Give back each client's model instead of sums.
+        terms: Of each client; empty: nobody has terms of its own.
     """
 
     round: int
@@ -75,6 +76,7 @@ class Train:
     deltas: str | None = None
     cohort: int = 16
     each: bool = False
+    terms: tuple[Terms, ...] = ()
 
     def split(self) -> list[Train]:
         """The same work as jobs of one client each."""
@@ -93,6 +95,7 @@ class Train:
                 self.deltas,
                 self.cohort,
                 self.each,
+                self.terms[i : i + 1],
             )
             for i, place in enumerate(self.places)
         ]

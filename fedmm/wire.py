@@ -18,6 +18,23 @@ from fedmm.types import Tensors
 
 
 @dataclass(frozen=True)
+class Terms:
+    """How one client trains, where that differs from the run's schedule; None: it does not.
+
+    Attributes:
+        epochs: Local epochs.
+        batch_size: Samples a batch.
+        precision: Number format that the client trains in ("bfloat16").
+        stream: Number of the client's random stream, in place of the round.
+    """
+
+    epochs: int | None = None
+    batch_size: int | None = None
+    precision: str | None = None
+    stream: int | None = None
+
+
+@dataclass(frozen=True)
 class Task:
     """What the server wants of one client.
 
@@ -31,6 +48,7 @@ class Task:
         epochs: Local epochs (train).
         lr: Local learning rate (train).
         attempt: 0 for the first time that this is asked in the round.
+        terms: The client's own (train).
     """
 
     spec: str
@@ -42,6 +60,7 @@ class Task:
     epochs: int = 1
     lr: float = 0.0
     attempt: int = 0
+    terms: Terms = Terms()
 
 
 @dataclass(frozen=True)
@@ -86,7 +105,10 @@ def task_record(task: Task) -> ConfigRecord:
 def read_task(message: Message) -> Task:
     """The task of a received message."""
     raw = json.loads(str(message.content.config_records["task"]["task"]))
-    return Task(**raw | {"modalities": tuple(raw["modalities"]), "requests": tuple(raw["requests"])})
+    terms = Terms(**raw.get("terms", {}))
+    return Task(
+        **raw | {"modalities": tuple(raw["modalities"]), "requests": tuple(raw["requests"]), "terms": terms}
+    )
 
 
 def reply_content(header: ReplyHeader, report: Tensors, model: Tensors | None = None) -> RecordDict:

@@ -1,41 +1,37 @@
-"""The round loop: select -> send -> collect -> admit -> aggregate -> evaluate -> checkpoint -> notify."""
+"""The round loop: select -> send -> collect -> admit -> aggregate -> evaluate -> checkpoint -> notify.
+
+With `devices`, simulated time (`server.timing`) decides between select and send whose replies will count; in buffered
+mode (`server.asynchronous`) a round is the making of one model version, and an event queue says who is in it.
+"""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from flwr.serverapp import Grid
 
 from fedmm import seeding
-from fedmm.config.schema import TrainConfig
 from fedmm.io.checkpoint import Checkpoint, save_checkpoint
 from fedmm.io.files import weights_sha256
 from fedmm.io.run_directory import Row, RunDirectory
-from fedmm.metrics.fields import Fields, Sizes, evaluation_fields, statistics_fields
-from fedmm.models import blocks_of
-from fedmm.models.blocks import block_of, serves
+from fedmm.metrics.fields import Fields, evaluation_fields, statistics_fields
 from fedmm.types import Tensors
-from server.admission import Expected
 from server.aggregation import Gathered, Update
+from server.asynchronous import Asynchronous, buffered_mean
 from server.callbacks import Callback, RoundReport
-from server.crews import Answers, Order
+from server.gathering import Collector, learning_rate, sizes_of
 from server.knowledge import KNOWLEDGE, Knowledge
 from server.measure import figure_rows, figures, fit_probes
-from server.places import arrange, cohort_size
+from server.places import cohort_size
 from server.plan import Plan
 from server.policy import Event, Policy
 from server.selection import Pick, Situation
 from server.session import Parcel, Session
+from server.timing import Timing
 
-
-def learning_rate(train: TrainConfig, round: int) -> float:
-    """Local learning rate of a round (from 1): constant, or the papers' hold and linear decay."""
-    if train.lr_schedule == "constant" or round <= train.lr_hold:
-        return train.lr
-    return train.lr - (train.lr - train.lr_min) * round / train.rounds
+__all__ = ["Server", "learning_rate"]
 
 
 class Server:
@@ -51,12 +47,13 @@ class Server:
     def __init__(self, plan: Plan, grid: Grid, directory: RunDirectory, callbacks: Sequence[Callback] = ()) -> None:
         self.plan, self.config = plan, plan.config
         self.directory, self.callbacks = directory, tuple(callbacks)
-        self._cohort = cohort_size(plan.config)
-        self.session = Session(grid, plan.spec, plan.config.scenario.clients, self._replied, self._cohort)
+        self.session = Session(grid, plan.spec, plan.config.scenario.clients, self._replied, cohort_size(plan.config))
         self.policy = Policy(plan.config.policy)
         self.model: Tensors = {n: t.detach().clone() for n, t in plan.model.state_dict().items()}
         self.state: Tensors = {}
         self.knowledge: dict[str, Knowledge] = {}
+        self.timing: Timing | None = None
+        self.asynchronous: Asynchronous | None = None
         self.best: tuple[float, int, Tensors] = (-1.0, 0, {})
         self.totals: dict[str, float] = dict.fromkeys(
             ("bytes_up", "bytes_down", "replies_expected", "replies_used", "seconds"), 0
@@ -98,6 +95,7 @@ class Server:
         for name in sorted(self._wanted()):
             self.knowledge[name] = KNOWLEDGE[name](self.federates)
         self.state = self.plan.strategy.begin(self.model, self.federates)
+        self._keep_time()
         self.round = -1 if any(k.bootstrap for k in self.knowledge.values()) else 0
         if self.directory.checkpoint is not None:
             self._restore(self.directory.checkpoint)
@@ -115,6 +113,15 @@ class Server:
         )
         return self.totals["seconds"]
 
+    def _keep_time(self) -> None:
+        """Set up who asks the clients, and with `devices` the clock and the event queue."""
+        plan, devices, federates = self.plan, self.config.devices, self.federates
+        self.timing = None if devices is None else Timing(plan, devices, federates.samples)
+        terms = {} if self.timing is None else self.timing.terms
+        self._collector = Collector(plan, self.session, self.policy, federates, self.knowledge, terms)
+        if devices is not None and self.timing is not None and devices.mode == "buffered":
+            self.asynchronous = Asynchronous(plan, devices, self._collector, self.timing, federates, self._parcel())
+
     def _wanted(self) -> frozenset[str]:
         return self.plan.objective.knowledge() | self.plan.selector.knowledge() | self.plan.strategy.needs
 
@@ -124,115 +131,92 @@ class Server:
             Pick(k, self.federates.owned[k]) for k in range(len(self.federates.owned)) if self.federates.samples[k]
         ]
         updates = self._collect(picks, 0, epochs=1)
-        self._enough(picks, updates, 0)
+        self._enough(len(picks), len(updates), 0)
         for known in self.knowledge.values():
             known.learn(self.model, updates)
-        self._close_round(0, [])
+        rows = self._traffic_rows(0)
+        if self.timing is not None:
+            rows += self.timing.bootstrap(picks, self._parcel(), self._collector.expectations(self.model))
+        self._close_round(0, rows)
 
     # -- one round ----------------------------------------------------------------------------------------------
 
     def _round(self, round: int) -> tuple[list[Row], dict[str, Any] | None]:
         self.session.traffic.down.clear()
         self.session.traffic.up.clear()
-        picks = self._select(round)
-        updates = self._collect(picks, round, self.config.train.local_epochs)
-        self.totals["replies_expected"] += len(picks)
-        rows = self._training_rows(round, updates)
-        if self._enough(picks, updates, round):
-            sent = self.model
-            self.model, self.state = self.plan.strategy.aggregate(
-                sent, updates, self.state, self.config.policy.min_owners
-            )
-            for known in self.knowledge.values():
-                known.learn(sent, updates)
-            self.totals["replies_used"] += len(updates)
+        rows = self._advance(round) if self.asynchronous is None else self._advance_buffered(round, self.asynchronous)
         for known in self.knowledge.values():
             rows += [Row(round, "train", "global", None, m, n, v) for (m, n), v in known.metrics().items()]
         validation = None
         if round % self.config.evaluate.every == 0 or round == self.config.train.rounds:
             validation = self._evaluate(self.model, "val", round)
             rows += figure_rows(round, "val", validation)
+            if self.timing is not None:
+                self.timing.validated(validation["accuracy"])
             if validation["accuracy"] > self.best[0] and self.config.evaluate.choose == "best":
                 self.best = (validation["accuracy"], round, self.model)
         return rows + self._traffic_rows(round), validation
 
-    def _select(self, round: int) -> list[Pick]:
-        candidates = tuple(k for k, n in enumerate(self.federates.samples) if n > 0 and self.policy.allowed(k, round))
-        situation = Situation(round, candidates, self.federates, self.knowledge, lambda ks: self._losses(ks, round))
+    def _advance(self, round: int) -> list[Row]:
+        """One synchronous round: a new model from the replies of those who were picked."""
+        sent, wanted, rows = self.model, self.config.train.clients_per_round, list[Row]()
+        if self.timing is None:
+            picks = self._select(round)
+            wanted = len(picks)
+        else:
+            wanted = min(wanted, len(self._candidates(round)))
+            there, count = self.timing.candidates(self._candidates(round), wanted)
+            picks = self._select(round, there, count)
+            expected = self._collector.expectations(sent)
+            picks, events, rows = self.timing.round(picks, wanted, round, self._parcel(), expected)
+            self.policy.events += events
+        updates = self._collect(picks, round, self.config.train.local_epochs)
+        self.totals["replies_expected"] += wanted
+        if self._enough(wanted, len(updates), round):
+            least = self.config.policy.min_owners
+            self.model, self.state = self.plan.strategy.aggregate(sent, updates, self.state, least)
+            self._learn(sent, updates)
+        return self._training_rows(round, updates) + rows
+
+    def _advance_buffered(self, round: int, queue: Asynchronous) -> list[Row]:
+        """One version of the model from a full buffer."""
+        sent, step = self.model, queue.advance(self._parcel())
+        self.policy.events += step.events
+        self.totals["replies_expected"] += step.asked
+        if self._enough(step.asked, len(step.updates), round):
+            self.model = buffered_mean(sent, step.buffer, self.config.policy.min_owners)
+            self._learn(sent, step.updates)
+        return self._training_rows(round, step.updates) + step.rows
+
+    def _learn(self, sent: Tensors, updates: Gathered) -> None:
+        """Take in a round's updates, which have just made the next model."""
+        for known in self.knowledge.values():
+            known.learn(sent, updates)
+            self.model = known.amend(self.model)
+        self.totals["replies_used"] += len(updates)
+
+    def _candidates(self, round: int) -> tuple[int, ...]:
+        return tuple(k for k, n in enumerate(self.federates.samples) if n > 0 and self.policy.allowed(k, round))
+
+    def _select(self, round: int, candidates: Sequence[int] | None = None, count: int | None = None) -> list[Pick]:
+        """Picks among the clients that may take part, or among `candidates`."""
+        among = self._candidates(round) if candidates is None else tuple(candidates)
+        situation = Situation(round, among, self.federates, self.knowledge, lambda ks: self._losses(ks, round))
         rng = seeding.numpy_rng(self.config.seed, "selection", round)
-        return self.plan.selector.select(situation, self.config.train.clients_per_round, rng)
+        return self.plan.selector.select(situation, count or self.config.train.clients_per_round, rng)
 
     def _collect(self, picks: Sequence[Pick], round: int, epochs: int) -> Gathered:
-        """Ask, admit, ask again as the policy says."""
-        train, strategy, policy = self.config.train, self.plan.strategy, self.config.policy
-        parcel = Parcel(self.model, self._broadcast())
-        requests = tuple(sorted({r for k in self.knowledge.values() for r in k.requests}))
-        deltas = [k.deltas for k in self.knowledge.values() if k.deltas is not None]
-        samples = self.federates.samples
-        order = Order(
-            picks=sorted(picks, key=lambda p: p.client),
-            places=arrange(picks, samples, self._cohort),
-            weights={
-                p.client: strategy.weight(samples[p.client], epochs * -(-samples[p.client] // train.batch_size))
-                for p in picks
-            },
-            round=round,
-            attempt=0,
-            epochs=epochs,
-            lr=learning_rate(train, max(round, 1)),
-            requests=requests,
-            deltas=min(deltas, key=len) if deltas else None,
-            each=strategy.reads_models or policy.max_update_norm is not None,
-            expected=self._expectations(requests),
-            deadline=policy.deadline_s,
-        )
-        whole = Answers()
-        while order.picks:
-            answers = self.session.train(order, parcel)
-            for client in answers.late:
-                self.policy.late(client, round)
-            again = {r.client for r in answers.refusals if self.policy.refused(r, round, order.attempt)}
-            for update in answers.updates:
-                self.policy.admitted(update.client)
-            whole.updates += answers.updates
-            whole.sums |= answers.sums
-            whole.changes += answers.changes
-            order = replace(order, picks=[p for p in order.picks if p.client in again], attempt=order.attempt + 1)
-        return Gathered(tuple(sorted(whole.updates, key=lambda u: u.client)), whole.sums, tuple(whole.changes))
+        return self._collector.collect(picks, round, epochs, self._parcel())
 
-    def _enough(self, picks: Sequence[Pick], updates: Sequence[Update], round: int) -> bool:
+    def _parcel(self) -> Parcel:
+        return Parcel(self.model, self._broadcast())
+
+    def _enough(self, asked: int, used: int, round: int) -> bool:
         """The policy's verdict on a round; the events that led to it are on record even if it ends the run."""
         try:
-            return self.policy.enough(len(picks), len(updates), round)
+            return self.policy.enough(asked, used, round)
         finally:
             self.directory.update_manifest({"events": [e.record() for e in self.policy.events]})
-
-    def _expectations(self, requests: tuple[str, ...]) -> Callable[[Pick], Expected]:
-        """What the reply of each picked client must hold; the same for clients that own and train the same."""
-        objective, every, model = self.plan.objective, blocks_of(self.model), self.model
-        kinds: dict[tuple[tuple[str, ...], tuple[str, ...]], Expected] = {}
-
-        def expected(pick: Pick) -> Expected:
-            owned = self.federates.owned[pick.client]
-            if (owned, pick.modalities) not in kinds:
-                blocks = set(objective.trained_blocks(every, pick.modalities))
-                kinds[owned, pick.modalities] = Expected(
-                    {n: t for n, t in model.items() if block_of(n) in blocks and serves(n, pick.modalities)},
-                    statistics_fields(requests, owned, self._shape)
-                    | objective.report_fields(pick.modalities, self._shape),
-                    owned,
-                    0,
-                    self.config.policy.max_update_norm,
-                    frozenset(objective.optional_blocks(every, pick.modalities)),
-                )
-            return replace(kinds[owned, pick.modalities], samples=self.federates.samples[pick.client])
-
-        return expected
-
-    @property
-    def _shape(self) -> Sizes:
-        model = self.config.model
-        return Sizes(len(self.plan.dataset.classes), model.features, model.unimodal_heads)
 
     def _broadcast(self) -> Tensors:
         wanted = self.plan.objective.knowledge()
@@ -249,8 +233,8 @@ class Server:
 
         def fields(o: tuple[str, ...]) -> Fields:
             if request is None:
-                return evaluation_fields(o, self._shape, broadcast)
-            return statistics_fields((request,), o, self._shape)
+                return evaluation_fields(o, sizes_of(self.plan), broadcast)
+            return statistics_fields((request,), o, sizes_of(self.plan))
 
         merged, _, bad = self.session.measure(
             split, clients, owned, Parcel(model, broadcast), fields, request, round, self.config.policy.deadline_s
@@ -273,7 +257,7 @@ class Server:
             clients,
             owned,
             Parcel(self.model),
-            lambda o: evaluation_fields(o, self._shape, {}),
+            lambda o: evaluation_fields(o, sizes_of(self.plan), {}),
             None,
             round,
         )
@@ -304,8 +288,6 @@ class Server:
 
     def _close_round(self, round: int, rows: list[Row]) -> None:
         """Record, checkpoint, and only then count the round as done."""
-        if round == 0:
-            rows = self._traffic_rows(0)
         self.totals["bytes_up"] += sum(self.session.traffic.up.values())
         self.totals["bytes_down"] += sum(self.session.traffic.down.values())
         self.directory.append(rows)
@@ -321,6 +303,11 @@ class Server:
             tensors |= {f"knowledge/{kind}/{n}": t for n, t in known.tensors.items()}
         tensors |= {f"best/{n}": t for n, t in self.best[2].items()}
         values = {"totals": self.totals, "best": list(self.best[:2]), "policy": self.policy.state()}
+        if self.timing is not None:
+            values["timing"] = self.timing.state()
+        if self.asynchronous is not None:
+            values["queue"] = self.asynchronous.state()
+            tensors |= {f"version/{n}": t for n, t in self.asynchronous.tensors().items()}
         return Checkpoint(round, tensors, values)
 
     def _restore(self, checkpoint: Checkpoint) -> None:
@@ -334,6 +321,10 @@ class Server:
         self.best = (score, round, part("best/"))
         self.totals = dict(checkpoint.values["totals"])
         self.policy.restore(checkpoint.values["policy"])
+        if self.timing is not None:
+            self.timing.restore(checkpoint.values["timing"])
+        if self.asynchronous is not None:
+            self.asynchronous.restore(checkpoint.values["queue"], part("version/"))
         self.round = checkpoint.round
 
     def _finish(self, began: float) -> dict[str, Any]:
@@ -371,7 +362,7 @@ class Server:
             "weights_sha256": weights_sha256(self.model),
             "engine": config.engine.name,
             "parameters": sum(t.numel() for t in self.model.values()),
-        }
+        } | ({} if self.timing is None else self.timing.summary())
 
     def _replied(self, done: int, asked: int) -> None:
         self._tell("replied", done, asked)

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 from fedmm.config.schema import Config
 from fedmm.data import load_dataset
+from fedmm.data.missing import owners
+from fedmm.engines.costs import training_memory
+from fedmm.engines.devices import Fleet, Precision, build_fleet, refuse_too_small
 from fedmm.errors import ConfigError
 from fedmm.models import MultimodalModel, build_model
 from fedmm.objectives import Objective, build_objective
+from fedmm.seeding import numpy_rng
 from fedmm.spec import client_spec
 from fedmm.types import Dataset
 from server.knowledge import KNOWLEDGE
 from server.selection import Selector, build_selector
-from server.strategies import Strategy, build_strategy
+from server.selection.uniform import Uniform
+from server.strategies import FedAvg, Strategy, build_strategy
 
 _MODEL_PARTS = {
     "projector": ("model.projector", "{depth: 3}"),
@@ -24,7 +30,7 @@ _MODEL_PARTS = {
 
 @dataclass(frozen=True)
 class Plan:
-    """The parts that a configuration names, built and checked."""
+    """The parts that a configuration names, built and checked; without `devices` the fleet is empty."""
 
     config: Config
     spec: str
@@ -33,6 +39,7 @@ class Plan:
     objective: Objective
     strategy: Strategy
     selector: Selector
+    fleet: Fleet = ()
 
 
 def check(config: Config) -> tuple[Objective, Strategy, Selector]:
@@ -73,6 +80,7 @@ def check(config: Config) -> tuple[Objective, Strategy, Selector]:
             where="model.norm",
             remedy="use norm: group with scenario.modalities.missing > 0",
         )
+    check_devices(config, objective, selector, strategy)
     if config.data.modalities is not None:
         check_modalities(config, objective, selector, tuple(config.data.modalities))
     return objective, strategy, selector
@@ -95,15 +103,91 @@ def check_modalities(config: Config, objective: Objective, selector: Selector, m
             )
 
 
+def check_devices(config: Config, objective: Objective, selector: Selector, strategy: Strategy) -> None:
+    """Refuse devices that cannot be dealt out, and methods that need rounds where there are none.
+
+    Raises:
+        ConfigError: With the reason.
+    """
+    if config.devices is None:
+        return
+    build_fleet(config.devices, config.scenario.clients, config.seed)
+    if config.devices.mode != "buffered":
+        return
+    where, remedy = "devices.mode", "use mode: synchronous, or the fedavg method's {0}"
+    if not isinstance(selector, Uniform):
+        raise ConfigError(
+            f'"{config.selection.name}" chooses clients for a round, but buffered mode has no rounds: whoever is '
+            "ready trains",
+            where=where,
+            remedy=remedy.format("selection: uniform"),
+        )
+    if not isinstance(strategy, FedAvg):
+        raise ConfigError(
+            f'buffered mode adds up changes itself, and "{config.strategy.name}" would have no part in it',
+            where=where,
+            remedy=remedy.format("strategy: fedavg"),
+        )
+    for kind in sorted(objective.knowledge()):
+        if KNOWLEDGE[kind].bootstrap or KNOWLEDGE[kind].deltas is not None:
+            raise ConfigError(
+                f'"{config.objective.name}" needs {kind} of all clients before the first round, but buffered mode has '
+                "no moment at which all are there",
+                where=where,
+                remedy=remedy.format("objective: joint"),
+            )
+    if config.devices.buffer.concurrency > config.scenario.clients:
+        raise ConfigError(
+            f"{config.devices.buffer.concurrency} clients are to train at a time, but there are only "
+            f"{config.scenario.clients}",
+            where="devices.buffer.concurrency",
+            remedy=f"set it to at most {config.scenario.clients}",
+        )
+    if config.policy.quarantine_after:
+        raise ConfigError(
+            "quarantine counts rounds, but buffered mode has none",
+            where="policy.quarantine_after",
+            remedy="set it to 0, or use devices.mode: synchronous",
+        )
+
+
+def plan_fleet(config: Config, dataset: Dataset, model: MultimodalModel) -> Fleet:
+    """The device of each client; empty without `devices`.
+
+    Raises:
+        ConfigError: Devices cannot be dealt out, or cannot hold the training of their clients.
+    """
+    if config.devices is None:
+        return ()
+    setting, clients = config.scenario.modalities, config.scenario.clients
+    fleet = build_fleet(config.devices, clients, config.seed)
+    owned = owners(clients, dataset.modalities, setting.multimodal, numpy_rng(config.seed, "owners"))
+
+    @cache
+    def need(modalities: tuple[str, ...], batch_size: int, precision: Precision) -> int:
+        momentum = config.train.momentum > 0
+        return training_memory(model, dataset.specs, modalities, batch_size, precision, momentum=momentum).total
+
+    refuse_too_small(
+        fleet,
+        {
+            k: need(owned[k], device.batch_size or config.train.batch_size, device.precision)
+            for k, device in enumerate(fleet)
+        },
+    )
+    return fleet
+
+
 def plan(config: Config) -> Plan:
     """Load the data and build everything.
 
     Raises:
-        ConfigError: See `check`.
+        ConfigError: See `check`; or a device is too small for the model.
         DataError: The data are missing or damaged.
     """
     objective, strategy, selector = check(config)
     dataset = load_dataset(config.data)
     check_modalities(config, objective, selector, dataset.modalities)
     model = build_model(dataset.specs, len(dataset.classes), config.model, config.seed)
-    return Plan(config, client_spec(config), dataset, model, objective, strategy, selector)
+    fleet = plan_fleet(config, dataset, model)
+    return Plan(config, client_spec(config), dataset, model, objective, strategy, selector, fleet)

@@ -19,7 +19,7 @@ from fedmm.errors import RunError
 from fedmm.metrics.fields import Fields, fault
 from fedmm.models.blocks import block_of, bytes_per_block, serves
 from fedmm.types import Tensors
-from fedmm.wire import ReplyHeader, Task, read_reply, task_record, to_record
+from fedmm.wire import ReplyHeader, Task, Terms, read_reply, task_record, to_record
 from server.admission import Refusal, admit, parse
 from server.aggregation import merge_reports
 from server.crews import Answers, Crews, Order
@@ -166,6 +166,7 @@ class Session:
                 epochs=order.epochs,
                 lr=order.lr,
                 attempt=order.attempt,
+                terms=order.terms.get(p.client, Terms()),
             )
             for p in order.picks
         ]

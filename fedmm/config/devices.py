@@ -11,7 +11,7 @@ What a class leaves out comes from the preset that it is like (`fedmm.engines.de
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
 
@@ -164,6 +164,7 @@ class DevicesConfig(Section):
         deadline_s: Simulated seconds that a round, or in buffered mode a task, may take (null: no limit).
         over_selection: Synchronous: clients asked per reply that is wanted; the round ends with the last wanted one.
         buffer: Of buffered mode.
+        targets: Validation accuracies for which the summary says what reaching them took.
     """
 
     classes: dict[str, DeviceClassConfig] = Field(default_factory=dict)
@@ -173,6 +174,7 @@ class DevicesConfig(Section):
     deadline_s: PositiveFloat | None = None
     over_selection: float = Field(default=1.0, ge=1)
     buffer: BufferConfig = BufferConfig()
+    targets: list[Annotated[float, Field(gt=0, le=1)]] = Field(default=[0.5, 0.6, 0.7, 0.8, 0.9])
 
     @field_validator("classes", mode="before")
     @classmethod

@@ -1,0 +1,147 @@
+"""Asking the clients of a round: orders with what a good reply must hold, admission, and asking again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+
+from fedmm.config.schema import TrainConfig
+from fedmm.metrics.fields import Sizes, statistics_fields
+from fedmm.models import blocks_of
+from fedmm.models.blocks import block_of, serves
+from fedmm.types import Tensors
+from fedmm.wire import Terms
+from server.admission import Expected
+from server.aggregation import Gathered
+from server.crews import Answers, Order
+from server.facts import Federates, Knowledge
+from server.places import arrange, cohort_size
+from server.plan import Plan
+from server.policy import Policy
+from server.selection import Pick
+from server.session import Parcel, Session
+
+
+def learning_rate(train: TrainConfig, round: int) -> float:
+    """Local learning rate of a round (from 1): constant, or the papers' hold and linear decay."""
+    if train.lr_schedule == "constant" or round <= train.lr_hold:
+        return train.lr
+    return train.lr - (train.lr - train.lr_min) * round / train.rounds
+
+
+def sizes_of(plan: Plan) -> Sizes:
+    """What the shapes of reports depend on."""
+    model = plan.config.model
+    return Sizes(len(plan.dataset.classes), model.features, model.unimodal_heads)
+
+
+class Collector:
+    """Asks clients to train, admits what comes, and asks again as the policy says.
+
+    Args:
+        plan: The run.
+        session: The line to the clients.
+        policy: What to do with refusals.
+        federates: Facts of the federation.
+        knowledge: Kinds of knowledge that updates must bring something for.
+        terms: Of clients that have terms of their own.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        session: Session,
+        policy: Policy,
+        federates: Federates,
+        knowledge: Mapping[str, Knowledge],
+        terms: Mapping[int, Terms],
+    ) -> None:
+        self._plan, self._session, self._policy, self._federates = plan, session, policy, federates
+        self._requests = tuple(sorted({r for k in knowledge.values() for r in k.requests}))
+        self._deltas = min((k.deltas for k in knowledge.values() if k.deltas is not None), key=len, default=None)
+        self._cohort = cohort_size(plan.config)
+        self.terms = terms
+
+    def collect(
+        self,
+        picks: Sequence[Pick],
+        round: int,
+        epochs: int,
+        parcel: Parcel,
+        *,
+        terms: Mapping[int, Terms] | None = None,
+        each: bool = False,
+    ) -> Gathered:
+        """The admitted updates of some clients.
+
+        Args:
+            picks: Who trains what; every client at most once.
+            round: Round from 1; 0 is the bootstrap.
+            epochs: Local epochs of who has no terms.
+            parcel: What they start from.
+            terms: Instead of the collector's own.
+            each: Every update shall hold its model.
+        """
+        strategy, policy = self._plan.strategy, self._plan.config.policy
+        terms, samples = self.terms if terms is None else terms, self._federates.samples
+        order = Order(
+            picks=sorted(picks, key=lambda p: p.client),
+            places=arrange(picks, samples, self._cohort),
+            weights={
+                p.client: strategy.weight(samples[p.client], self._steps(p.client, epochs, terms.get(p.client)))
+                for p in picks
+            },
+            round=round,
+            attempt=0,
+            epochs=epochs,
+            lr=learning_rate(self._plan.config.train, max(round, 1)),
+            requests=self._requests,
+            deltas=self._deltas,
+            each=each or strategy.reads_models or policy.max_update_norm is not None,
+            expected=self.expectations(parcel.model),
+            deadline=policy.deadline_s,
+            terms=terms,
+        )
+        whole = Answers()
+        while order.picks:
+            answers = self._session.train(order, parcel)
+            for client in answers.late:
+                self._policy.late(client, round)
+            again = {r.client for r in answers.refusals if self._policy.refused(r, round, order.attempt)}
+            for update in answers.updates:
+                self._policy.admitted(update.client)
+            whole.updates += answers.updates
+            whole.sums |= answers.sums
+            whole.changes += answers.changes
+            order = replace(order, picks=[p for p in order.picks if p.client in again], attempt=order.attempt + 1)
+        return Gathered(tuple(sorted(whole.updates, key=lambda u: u.client)), whole.sums, tuple(whole.changes))
+
+    def expectations(self, model: Tensors) -> Callable[[Pick], Expected]:
+        """What the reply of each picked client must hold; the same for clients that own and train the same."""
+        objective, every, size = self._plan.objective, blocks_of(model), sizes_of(self._plan)
+        kinds: dict[tuple[tuple[str, ...], tuple[str, ...]], Expected] = {}
+
+        def expected(pick: Pick) -> Expected:
+            owned = self._federates.owned[pick.client]
+            if (owned, pick.modalities) not in kinds:
+                blocks = set(objective.trained_blocks(every, pick.modalities))
+                kinds[owned, pick.modalities] = Expected(
+                    {n: t for n, t in model.items() if block_of(n) in blocks and serves(n, pick.modalities)},
+                    statistics_fields(self._requests, owned, size) | objective.report_fields(pick.modalities, size),
+                    owned,
+                    0,
+                    self._plan.config.policy.max_update_norm,
+                    frozenset(objective.optional_blocks(every, pick.modalities)),
+                )
+            return replace(kinds[owned, pick.modalities], samples=self._federates.samples[pick.client])
+
+        return expected
+
+    def terms_of(self, client: int) -> Terms:
+        """A client's own terms."""
+        return self.terms.get(client, Terms())
+
+    def _steps(self, client: int, epochs: int, terms: Terms | None) -> int:
+        """Optimiser steps of a client that owns samples."""
+        own, train = terms or Terms(), self._plan.config.train
+        return (own.epochs or epochs) * -(-self._federates.samples[client] // (own.batch_size or train.batch_size))
