@@ -9,44 +9,63 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from fedmm.config.schema import Config
+from fedmm.trees import aligned
 from server.selection import Pick
 
-_STACKS_AT_LEAST = 2
-"""A round is cut into at least as many stacks, if it has the clients, so that two processes share it."""
+_STEP = 4.0
+"""What a step costs whatever the number of clients in it, in units of what one client adds (measured on a CPU)."""
 
-_SMALLEST = 4
+_FEW = 4
+"""A stack for fewer clients is not worth a second process."""
 
 
 def cohort_size(config: Config) -> int:
-    """Clients in a stack: the configured number, or fewer if a round has few clients."""
+    """Most clients in a stack."""
     if config.engine.cohort == "off":
         return 1
-    size = config.engine.cohort_size
-    while size > _SMALLEST and size * _STACKS_AT_LEAST > config.train.clients_per_round:
-        size //= 2
-    return size
+    return min(config.engine.cohort_size, aligned(config.train.clients_per_round))
 
 
 def arrange(picks: Sequence[Pick], samples: Sequence[int], cohort: int) -> dict[int, int]:
-    """Place of each client in the round's order: client -> 0, 1, ...
+    """Place of each client in the round's order; places have gaps, as each stack begins at a multiple of `cohort`.
 
-    Clients that train the same modalities come together, those with more samples first: stacks are then even, and
-    the longest work is handed out first. Neighbouring stacks are dealt to in turn, so that they take equally long.
+    Clients that train the same modalities come together, those with more samples first. The order is cut into an
+    even number of stacks that take about equally long: few large clients make one, many small ones another.
 
     Args:
         picks: The round's picks.
         samples: n_k of every client.
-        cohort: Clients in a stack.
+        cohort: Most clients in a stack, a power of two.
     """
     ordered = sorted(picks, key=lambda p: (p.modalities, -samples[p.client], p.client))
-    places: dict[int, int] = {}
-    for start in range(0, len(ordered), 2 * cohort):
-        pair = ordered[start : start + 2 * cohort]
-        hands: tuple[list[Pick], list[Pick]] = ([], [])
-        for i, pick in enumerate(pair):
-            turn = (i % 4) in (1, 2)
-            first = len(hands[0]) < cohort and (not turn or len(hands[1]) >= len(pair) - cohort)
-            hands[0 if first else 1].append(pick)
-        for i, pick in enumerate(hands[0] + hands[1]):
-            places[pick.client] = start + i
-    return places
+    stacks = -(-len(ordered) // cohort)
+    if cohort > 1:
+        stacks = max(stacks, min(2, len(ordered) // _FEW))
+        stacks += stacks % 2 if stacks > 1 else 0
+    cuts = _cuts([samples[p.client] for p in ordered], stacks, cohort)
+    return {
+        pick.client: stack * cohort + i
+        for stack, (start, stop) in enumerate(zip([0, *cuts], [*cuts, len(ordered)], strict=True))
+        for i, pick in enumerate(ordered[start:stop])
+    }
+
+
+def _cuts(sizes: Sequence[int], stacks: int, cohort: int) -> list[int]:
+    """Where to cut the order into at most `stacks` stacks, so that the most expensive one is as cheap as can be."""
+    low, high = 0.0, _STEP * max(sizes, default=0) * len(sizes) + sum(sizes)
+    for _ in range(40):
+        bound = (low + high) / 2
+        low, high = (bound, high) if _fill(sizes, bound, stacks, cohort) is None else (low, bound)
+    return _fill(sizes, high, stacks, cohort) or []
+
+
+def _fill(sizes: Sequence[int], bound: float, stacks: int, cohort: int) -> list[int] | None:
+    """Cuts such that no stack costs more than `bound`, or None if that takes more than `stacks`."""
+    cuts: list[int] = []
+    start, longest, total = 0, 0, 0
+    for i, size in enumerate(sizes):
+        longest, total = max(longest, size), total + size
+        if i > start and (i - start == cohort or _STEP * longest + total > bound):
+            cuts.append(i)
+            start, longest, total = i, size, size
+    return cuts if len(cuts) < stacks else None
