@@ -8,8 +8,8 @@ from types import MappingProxyType
 from fedmm.config.schema import Plugin
 from fedmm.objectives.agm import AdaptiveModulation
 from fedmm.objectives.base import Objective
-from fedmm.objectives.gblend import GradientBlending
 from fedmm.objectives.boosting import Boosting
+from fedmm.objectives.gblend import GradientBlending
 from fedmm.objectives.infiltration import Infiltration
 from fedmm.objectives.joint import Auxiliary, Joint, Prox
 from fedmm.objectives.mla import Alternating

@@ -85,9 +85,9 @@ class Alternating(Objective):
             shown.append(batch.present[m].any(-1))
         mine = turn == torch.arange(len(means), device=turn.device).reshape(-1, *[1] * turn.dim())
         r = (torch.stack(means) * mine.unsqueeze(-1)).sum(0)
-        gone = torch.remainder(seen, size) / size
+        gone = torch.remainder(seen, size).to(r.dtype) / size
         old = state["projection"] = state["kept.projection"]
-        new = advance(old, r, 0.1 ** (1 + gone.to(r.dtype)), outer=self.division == "outer")
+        new = advance(old, r, 0.1 ** (1 + gone), outer=self.division == "outer")
         usable = (torch.stack(shown) & mine).any(0)
         state["kept.projection"] = torch.where(usable[..., None, None], new, old)
         last = turn == len(means) - 1
