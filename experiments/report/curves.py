@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import pandas as pd
@@ -27,6 +27,9 @@ from experiments.report.svg import (
 
 COLLAPSED = 0.01
 """Share of its own maximum under which the spread of an encoder's features counts as collapse."""
+
+UNITS = (("hours", 3600), ("minutes", 60), ("seconds", 1))
+"""Of simulated time; the first of which a run takes two or more is shown."""
 
 
 def slots(study: Study) -> dict[str, int]:
@@ -68,6 +71,12 @@ def traffic(run: Run) -> pd.Series[float]:
     rows = run.metrics[(run.metrics["scope"] == "block") & run.metrics["metric"].isin(["bytes_up", "bytes_down"])]
     rows = rows.drop_duplicates(["round", "client", "modality", "metric"], keep="last")
     return rows.groupby("round")["value"].sum().cumsum() / 1e6
+
+
+def simulated_seconds(run: Run) -> pd.Series[float]:
+    """Simulated seconds at the end of each round; empty without simulated devices."""
+    found = series([run], "train", "fused", "simulated_seconds")
+    return found.iloc[:, 0] if len(found) else pd.Series(dtype=float)
 
 
 def accuracy_curves(study: Study, setting: str, prefix: str) -> Picture | None:
@@ -166,16 +175,7 @@ def imbalance_curves(study: Study, setting: str, prefix: str) -> list[Picture]:
 
 def traffic_curves(study: Study, setting: str, prefix: str) -> Picture | None:
     """Fused validation accuracy against the megabytes spent."""
-    curves = {}
-    for method in study.methods:
-        parts = []
-        for run in study.of(setting, method):
-            accuracy, spent = series([run], "val", "fused", "accuracy"), traffic(run)
-            if len(accuracy) and len(spent):
-                parts.append(pd.DataFrame({"x": spent, "y": accuracy.iloc[:, 0]}).dropna())
-        if parts:
-            mean = pd.concat(parts).groupby(level=0).mean()
-            curves[method] = pd.DataFrame({"mean": mean["y"].to_numpy()}, index=mean["x"].to_numpy())
+    curves = {m: _accuracy_against(study.of(setting, m), traffic) for m in study.methods}
     return _curves(
         study,
         curves,
@@ -186,6 +186,38 @@ def traffic_curves(study: Study, setting: str, prefix: str) -> Picture | None:
         x="MB, up and down",
         caption="Fused validation accuracy against all bytes sent so far, mean over seeds. Further left is cheaper.",
     )
+
+
+def time_curves(study: Study, setting: str, prefix: str) -> Picture | None:
+    """Fused validation accuracy against simulated time; none without simulated devices."""
+    every_run = [simulated_seconds(run) for run in study.of(setting)]
+    longest = max((float(seconds.max()) for seconds in every_run if len(seconds)), default=0.0)
+    unit, size = next((u, s) for u, s in UNITS if longest >= 2 * s or s == 1)
+    curves = {m: _accuracy_against(study.of(setting, m), lambda r: simulated_seconds(r) / size) for m in study.methods}
+    return _curves(
+        study,
+        curves,
+        prefix,
+        "Accuracy against simulated time",
+        "validation accuracy, %",
+        scale=100,
+        x=f"simulated time, {unit}",
+        caption="Fused validation accuracy against the simulated time of the devices, mean over seeds. Further left is "
+        "faster.",
+    )
+
+
+def _accuracy_against(runs: Sequence[Run], spent: Callable[[Run], pd.Series[float]]) -> pd.DataFrame:
+    """Mean accuracy over seeds, indexed by the mean of what each round had cost until its end."""
+    parts = []
+    for run in runs:
+        accuracy, cost = series([run], "val", "fused", "accuracy"), spent(run)
+        if len(accuracy) and len(cost):
+            parts.append(pd.DataFrame({"x": cost, "y": accuracy.iloc[:, 0]}).dropna())
+    if not parts:
+        return pd.DataFrame()
+    mean = pd.concat(parts).groupby(level=0).mean()
+    return pd.DataFrame({"mean": mean["y"].to_numpy()}, index=mean["x"].to_numpy())
 
 
 def _curves(

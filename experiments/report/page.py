@@ -110,6 +110,7 @@ def _block(study: Study, table: pd.DataFrame, setting: str, prefix: str) -> dict
         "main": _present(
             curves.accuracy_curves(study, setting, f"{prefix}-acc"),
             curves.traffic_curves(study, setting, f"{prefix}-mb"),
+            curves.time_curves(study, setting, f"{prefix}-time"),
         ),
         "modalities": curves.modality_curves(study, setting, f"{prefix}-mod"),
         "imbalance": curves.imbalance_curves(study, setting, f"{prefix}-imb"),
