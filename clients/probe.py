@@ -135,7 +135,7 @@ def step_seconds(here: Workspace, clients: Sequence[int], broadcast: Tensors | N
     """
     t, seed = here.config.train, here.config.seed
     schedule = LocalSchedule(1, t.batch_size, t.lr, t.momentum, t.weight_decay, t.clip)
-    pool = _first(here.pool("train"), clients, steps * t.batch_size)
+    pool = first_samples(here.pool("train"), clients, steps * t.batch_size)
     modalities = pool.owned[0]
     # Half-way: some objectives do something else in the first rounds.
     sight = {n: v.to(here.device) for n, v in (broadcast or {}).items()} | {"round": torch.tensor(t.rounds // 2)}
@@ -152,7 +152,7 @@ def step_seconds(here: Workspace, clients: Sequence[int], broadcast: Tensors | N
     return (perf_counter() - began) / max(done, 1)
 
 
-def _first(pool: Pool, clients: Sequence[int], samples: int) -> Pool:
+def first_samples(pool: Pool, clients: Sequence[int], samples: int) -> Pool:
     """The first samples of some clients, as a federation of their own."""
     sizes = np.minimum(pool.sizes[list(clients)], samples)
     rows = torch.from_numpy(

@@ -9,6 +9,7 @@ import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from time import perf_counter
 from typing import Annotated, Any
 
 import typer
@@ -112,6 +113,27 @@ def run(
         typer.secho(f"fedmm: degraded: {used} of {expected} replies were used", err=True, fg=typer.colors.YELLOW)
         if strict:
             raise typer.Exit(DEGRADED)
+
+
+@app.command()
+def plan(
+    config: ConfigArgument = None,
+    overrides: OverridesArgument = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON on stdout, nothing else.")] = False,
+) -> None:
+    """Tell what a run will send, hold and take: bytes counted, memory and time measured in a short rehearsal."""
+    began = perf_counter()
+    resolved = _load(config, overrides).config
+    with quiet_stdout():
+        from experiments.planning import forecast, tables
+
+        found = forecast(resolved, began)
+    if as_json:
+        typer.echo(json.dumps(found.record(), indent=2))
+        return
+    console = _console()
+    for table in tables(found):
+        console.print(table, "")
 
 
 @app.command()

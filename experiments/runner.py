@@ -99,7 +99,7 @@ def run(
         FedmmError: Bad configuration, missing data, a failed run, or (Interrupted) the user stopped it; the
             directory's summary.json says which, and `resume` goes on after the last checkpoint.
     """
-    config = _absolute_root(config)
+    config = absolute_root(config)
     check(config)
     if grid is None and config.engine.name == "inproc" and any(fault.kind == "kill" for fault in config.faults):
         raise ConfigError("a planned kill would end this very process", where="faults", remedy="use engine=ray")
@@ -117,7 +117,7 @@ def run(
     title = (label or {}).get("label") or config.method or config.objective.name
     with _progress(console) as progress, _recorded_failure(directory):
         bar = ProgressBar(progress, f"{title} seed {config.seed}")
-        with nullcontext(grid) if grid is not None else open_grid(config) as here, _data_laid_out(here, prepared, out):
+        with nullcontext(grid) if grid is not None else open_grid(config) as here, data_laid_out(here, prepared, out):
             server = Server(prepared, here, directory, [bar])
             if server.session.crews is not None and config.engine.cohort == "auto":
                 verdict = verdict or choose_layout(prepared, server.session.crews.home)
@@ -159,7 +159,7 @@ def _known_verdict(out: Path, config: Config) -> Verdict | None:
 
 
 @contextmanager
-def _data_laid_out(grid: Grid, prepared: Plan, out: Path) -> Iterator[None]:
+def data_laid_out(grid: Grid, prepared: Plan, out: Path) -> Iterator[None]:
     """Put the clients' samples where all processes of this machine can map them, once."""
     if not isinstance(grid, LocalGrid) or grid.crew is None:
         yield
@@ -175,7 +175,7 @@ def _data_laid_out(grid: Grid, prepared: Plan, out: Path) -> Iterator[None]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _absolute_root(config: Config) -> Config:
+def absolute_root(config: Config) -> Config:
     """Workers do not share this process's working directory."""
     if config.data.root is None:
         return config
