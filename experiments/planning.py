@@ -18,8 +18,9 @@ from typing import Any, cast
 
 import torch
 from rich.table import Table
+from torch import nn
 
-from clients.probe import Verdict
+from clients.probe import Verdict, alike, first_samples
 from clients.workspace import Workspace, workspace
 from experiments.rehearsal import Seconds, seconds_of, simulated_seconds
 from experiments.runner import absolute_root, check, choose_layout, data_laid_out, open_grid
@@ -28,11 +29,15 @@ from fedmm.config.schema import Config
 from fedmm.data.federation import build_federation
 from fedmm.engines.costs import MemoryNeed, training_memory
 from fedmm.engines.grid import LocalGrid
+from fedmm.metrics.local import predict
 from fedmm.models.blocks import block_of
 from fedmm.types import SPLITS
 from server.places import cohort_size
 from server.plan import Plan, plan
 from server.session import Session, Traffic
+
+_TOGETHER = 512
+"""Samples that pass through a model at a time when it is measured (`fedmm.metrics.local.predict`)."""
 
 
 @dataclass(frozen=True)
@@ -44,17 +49,22 @@ class Memory:
         data: All clients' samples; on one machine all processes share one copy.
         model: Weights of the model that it keeps.
         training: Weights, gradients, momenta and activations of a stack, or of one client.
+        measuring: Activations of one pass over as many samples as are measured at a time.
+        rehearsed: What this process came to hold in the rehearsal, server included; None: there was none here.
     """
 
     base: int
     data: int
     model: int
     training: int
+    measuring: int
+    rehearsed: int | None = None
 
     @property
     def total(self) -> int:
-        """Bytes altogether."""
-        return self.base + self.data + self.model + self.training
+        """Bytes altogether; clients are trained and measured one after the other."""
+        parts = self.base + self.data + self.model + max(self.training, self.measuring)
+        return max(parts, self.rehearsed or 0)
 
 
 @dataclass(frozen=True)
@@ -127,7 +137,7 @@ def forecast(config: Config, began: float | None = None) -> Forecast:
         session.connect(prepared.dataset.modalities)
         started = perf_counter() - began
         seconds = seconds_of(prepared, here, layout, grid, folder, started)
-        memory = _memory(prepared, here, layout, base)
+        memory = _memory(prepared, here, layout, base, seconds.rehearsed)
         closing = perf_counter()
     seconds = replace(seconds, final=seconds.final + perf_counter() - closing)
     federation = build_federation(prepared.dataset, config.scenario, config.seed)
@@ -147,7 +157,7 @@ def _engine(config: Config, name: str) -> Config:
 # -- memory -----------------------------------------------------------------------------------------------------------
 
 
-def _memory(prepared: Plan, here: Workspace, layout: Verdict, base: int) -> Memory:
+def _memory(prepared: Plan, here: Workspace, layout: Verdict, base: int, rehearsed: bool) -> Memory:
     need: MemoryNeed = training_memory(
         here.model,
         prepared.dataset.specs,
@@ -158,7 +168,27 @@ def _memory(prepared: Plan, here: Workspace, layout: Verdict, base: int) -> Memo
     pools = [here.pool(split) for split in SPLITS]
     tensors = [t for pool in pools for t in (*pool.x.values(), *pool.present.values(), pool.y)]
     data = sum(t.numel() * t.element_size() for t in tensors)
-    return Memory(base, data, need.parameters, layout.cohort * need.total)
+    whole = _resident() if rehearsed and prepared.config.engine.name == "inproc" else None
+    return Memory(base, data, need.parameters, layout.cohort * need.total, _measuring(here), whole)
+
+
+def _measuring(here: Workspace) -> int:
+    """Input and output of the widest layer, for as many samples as a pass takes at a time."""
+    widest = 0
+
+    def look(layer: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        nonlocal widest
+        held = [t for t in (*inputs, output) if isinstance(t, torch.Tensor)]
+        widest = max(widest, sum(t.numel() * t.element_size() for t in held))
+
+    pool = here.pool("train")
+    data = first_samples(pool, alike(pool, 1), 1).client(0)
+    hooks = [layer.register_forward_hook(look) for layer in here.model.modules() if not any(layer.children())]
+    predict(here.model, data)
+    for hook in hooks:
+        hook.remove()
+    most = max(int(here.pool(split).sizes.sum()) for split in SPLITS)
+    return widest * min(_TOGETHER, most)
 
 
 def _resident() -> int:
@@ -219,7 +249,10 @@ def _memory_table(found: Forecast) -> Table:
     memory = found.memory
     table = _table("memory of a process that trains", "", "MiB")
     named = {"libraries": memory.base, "samples (shared by all)": memory.data, "model": memory.model}
-    for name, size in {**named, "training": memory.training, "all": memory.total}.items():
+    named |= {"training": memory.training, "or measuring": memory.measuring}
+    if memory.rehearsed is not None:
+        named["rehearsal, with the server"] = memory.rehearsed
+    for name, size in {**named, "at most": memory.total}.items():
         table.add_row(name, f"{size / 2**20:.1f}")
     return table
 

@@ -131,7 +131,9 @@ def test_a_forecast_is_whole_and_leaves_nothing(tmp_path, monkeypatch):
     assert len(record["bytes"]["by_round"]) == 3
     assert record["bytes"]["bootstrap"]["down"]
     memory, seconds = record["memory"], record["seconds"]
-    assert memory["total"] >= memory["base"] > 50e6
+    assert memory["total"] >= memory["rehearsed"] >= memory["base"] > 50e6
+    assert memory["training"] > 4 * memory["model"]  # a stack of four
+    assert memory["measuring"] > 0
     parts = ("start", "bootstrap", "rounds", "evaluations", "final")
     assert seconds["total"] == pytest.approx(sum(seconds[part] for part in parts))
     assert all(seconds[part] > 0 for part in parts)

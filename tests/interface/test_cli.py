@@ -60,7 +60,10 @@ def finished(tmp_path_factory):
 
 # -- help and lists ---------------------------------------------------------------------------------------------------
 
-COMMANDS = ["run", "compare", "report", "list", "explain", "doctor", "data", "data build", "data card", "data preview"]
+COMMANDS = [
+    *["run", "plan", "compare", "report", "list", "explain", "doctor"],
+    *["data", "data build", "data card", "data preview"],
+]
 
 
 @pytest.mark.parametrize("name", ["", *COMMANDS])
@@ -164,7 +167,7 @@ def test_wrong_usage(arguments):
     assert invoke(*arguments).exit_code == 2
 
 
-@pytest.mark.parametrize("verb", ["run", "explain"])
+@pytest.mark.parametrize("verb", ["run", "plan", "explain"])
 @pytest.mark.parametrize(
     ("override", "parts"),
     [

@@ -70,7 +70,16 @@ def summary(directory):
 
 def test_the_tour(here):
     """In order, because some commands go on from others; comparisons have a test of their own."""
-    assert {line.split()[1] for line in TOUR} == {"run", "compare", "report", "list", "explain", "data", "doctor"}
+    assert {line.split()[1] for line in TOUR} == {
+        "run",
+        "plan",
+        "compare",
+        "report",
+        "list",
+        "explain",
+        "data",
+        "doctor",
+    }
     shown = {}
     for line in TOUR:
         if line.startswith("fedmm run"):
