@@ -53,7 +53,7 @@ def arrange(picks: Sequence[Pick], samples: Sequence[int], cohort: int) -> dict[
 def _cuts(sizes: Sequence[int], stacks: int, cohort: int) -> list[int]:
     """Where to cut the order into at most `stacks` stacks, so that the most expensive one is as cheap as can be."""
     low, high = 0.0, _STEP * max(sizes, default=0) * len(sizes) + sum(sizes)
-    for _ in range(40):
+    for _ in range(12):  # to a few thousandths
         bound = (low + high) / 2
         low, high = (bound, high) if _fill(sizes, bound, stacks, cohort) is None else (low, bound)
     return _fill(sizes, high, stacks, cohort) or []

@@ -134,6 +134,7 @@ class RayPool:
         self._greeted: dict[ObjectRef[Any], tuple[Any, float]] = {}
         self._busy: dict[ObjectRef[Any], tuple[Any, Chunk]] = {}
         self._failed_starts = 0
+        self._seen_alive: set[Any] = set()
         self._closed = False
         self.workers = workers
         self.shared_records = 0
@@ -204,11 +205,10 @@ class RayPool:
                 yield from ((todo[i], LostJob(reason)) for i in chunk.indices)
 
     def _ready(self) -> None:
-        """Wait for a worker; one that died while idle is found now, when its death can be charged to no task."""
+        """Wait for a worker."""
         if self._closed or self._busy:
             raise RunError("the Ray workers are shut down" if self._closed else "the Ray workers are busy")
-        while self._idle:
-            self._greet(self._idle.pop())
+        self._seen_alive = set()
         self.wait()
 
     def _dispatch(
@@ -230,11 +230,16 @@ class RayPool:
                 try:
                     outcomes = ray.get(ref)
                 except DEATH as error:
-                    self.deaths += 1
                     self._replace(worker)
-                    yield chunk, [], error
+                    if worker in self._seen_alive:
+                        self.deaths += 1
+                        yield chunk, [], error
+                    else:
+                        # It may have died while it was idle: nobody is charged with that.
+                        queue.appendleft(chunk)
                 else:
                     self._idle.append(worker)
+                    self._seen_alive.add(worker)
                     yield chunk, outcomes, None
         finally:
             while self._busy:
@@ -323,15 +328,18 @@ class RayPool:
         else:
             self._failed_starts = 0
             self._idle.append(worker)
+            self._seen_alive.add(worker)
 
 
 def _guided(jobs: int, workers: int) -> Iterator[Chunk]:
-    """Bundles of jobs, large ones first: few calls, and nobody is left waiting for a large bundle at the end."""
-    start = 0
-    while start < jobs:
-        size = math.ceil((jobs - start) / (2 * workers))
-        yield Chunk(tuple(range(start, start + size)))
-        start += size
+    """Bundles of jobs: three quarters in one call a worker, the rest one by one to whoever is done first."""
+    size = max(1, 3 * jobs // (4 * workers))
+    first = min(jobs, size * workers)
+    # Dealt in turn: jobs come in order of length.
+    for worker in range(min(workers, first)):
+        yield Chunk(tuple(range(worker, first, workers)))
+    for job in range(first, jobs):
+        yield Chunk((job,))
 
 
 def _after_death(chunk: Chunk, tasks: Sequence[Task], error: Exception) -> tuple[list[Chunk], list[Outcome]]:

@@ -10,6 +10,7 @@ import shlex
 import sys
 from collections.abc import Iterable
 from datetime import UTC, datetime
+from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -184,13 +185,18 @@ def _plain(row: Any) -> tuple[Any, ...]:
 
 
 def _line(row: Row) -> str:
-    return json.dumps(_finite(row._asdict())) + "\n"
-
-
-def _finite(row: dict[str, Any]) -> dict[str, Any]:
+    """A row as JSON; a round of a hundred clients has hundreds, hence no general encoder."""
+    client = "null" if row.client is None else row.client
+    value = repr(float(row.value)) if row.value is not None and math.isfinite(row.value) else "null"
     return (
-        row | {"value": None if not math.isfinite(row["value"]) else row["value"]} if row["value"] is not None else row
+        f'{{"round": {row.round}, "split": {_text(row.split)}, "scope": {_text(row.scope)}, "client": {client}, '
+        f'"modality": {_text(row.modality)}, "metric": {_text(row.metric)}, "value": {value}}}\n'
     )
+
+
+@lru_cache(maxsize=1024)
+def _text(value: str) -> str:
+    return json.dumps(value)
 
 
 def _provenance(config: Config) -> dict[str, Any]:

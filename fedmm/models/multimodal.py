@@ -23,7 +23,7 @@ from fedmm.models.boosted import BoostedHead
 from fedmm.models.encoders import build_encoder
 from fedmm.models.fusion import FUSIONS
 from fedmm.models.projectors import two_projectors
-from fedmm.types import ModalitySpec, Outputs, Tensors
+from fedmm.types import ModalitySpec, Outputs, Presence, Tensors
 
 
 class MultimodalModel(nn.Module):
@@ -74,7 +74,11 @@ class MultimodalModel(nn.Module):
     def encode(self, x: Tensors, present: Tensors) -> Tensors:
         """h^m = phi^m(x^m) [..., B, d] of each modality in `x`; zero in rows where it is absent."""
         features = {}
+        whole = present.whole if isinstance(present, Presence) else frozenset[str]()
         for m in x:
+            if m in whole:
+                features[m] = self.encoder[m](x[m])
+                continue
             here = present[m]
             row = here.reshape(*here.shape, *[1] * (x[m].dim() - here.dim()))
             h = self.encoder[m](torch.where(row, x[m], 0.0))
