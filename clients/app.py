@@ -17,7 +17,7 @@ from flwr.clientapp import ClientApp
 from clients.cohort import Member
 from clients.crew import train_together
 from clients.faults import data_root, faults_mod
-from clients.terms import local_schedule, workspace_in
+from clients.terms import fitted, local_schedule, workspace_on
 from clients.workspace import Workspace, workspace
 from fedmm.metrics.local import STATISTICS, evaluate
 from fedmm.types import Tensors
@@ -73,10 +73,11 @@ def train(message: Message, context: Context) -> Message:
     task, here = _open(message, context)
     terms = task.terms
     schedule = local_schedule(here.config.train, task.epochs, task.lr, terms)
+    own, broadcast = workspace_on(terms, task.spec, data_root(context)), _broadcast(message, task)
     outcome = train_together(
-        workspace_in(terms.precision, task.spec, data_root(context)),
+        own,
         here.decode(message.content.array_records["model"]),
-        _broadcast(message, task),
+        broadcast if terms.width is None else fitted(broadcast, own),
         [Member(task.client, schedule)],
         task.modalities,
         task.round if terms.stream is None else terms.stream,

@@ -19,13 +19,14 @@ from torch import Tensor
 
 from clients.cohort import Member, Meter, train_stack
 from clients.faults import planned_faults, spoil
-from clients.terms import cast, local_schedule, workspace_in
+from clients.terms import cast, fitted, local_schedule, workspace_on
 from clients.trainer import train
 from clients.workspace import Workspace, workspace
 from fedmm.engines.allocator import keep_memory
 from fedmm.jobs import Group, Hello, Measure, Measured, Shared, Single, Train, Trained, arrays, tensors
 from fedmm.metrics.local import STATISTICS, evaluate_samples
 from fedmm.models.blocks import blocks_of, is_float
+from fedmm.models.width import padded
 from fedmm.trees import add_named, tree_sum, tree_sum_rows
 from fedmm.types import SPLITS, ClientData, Tensors
 from fedmm.wire import ReplyHeader, Terms
@@ -218,8 +219,8 @@ class _Crew:
         kinds: dict[tuple[Any, ...], list[int]] = {}
         owned = self._here.pool("train").owned
         for i in inside:
-            # A stack has one number format, and one path in the seed tree.
-            alike = self._terms[i].precision, self._terms[i].stream
+            # A stack has one number format, one width, and one path in the seed tree.
+            alike = self._terms[i].precision, self._terms[i].width, self._terms[i].stream
             kinds.setdefault((owned[self._job.clients[i]], self._job.modalities[i], *alike), []).append(i)
         parts = [(members, self._train(members)) for members in kinds.values()]
         return None if self._job.each else self._sum(start, span, parts)
@@ -228,11 +229,16 @@ class _Crew:
         job, train, shared = self._job, self._here.config.train, self._shared
         modalities, terms = job.modalities[which[0]], self._terms[which[0]]
         members = [Member(job.clients[i], local_schedule(train, job.epochs, job.lr, self._terms[i])) for i in which]
+        here, received, broadcast = self._here, self._model, self._broadcast
+        if terms != Terms():
+            here = workspace_on(terms, shared.spec, None, shared.home)
+        if terms.width is not None:
+            received, broadcast = fitted(received, here), fitted(broadcast, here)
         with torch.enable_grad():
             outcome = train_together(
-                workspace_in(terms.precision, shared.spec, None, shared.home),
-                self._model,
-                self._broadcast,
+                here,
+                received,
+                broadcast,
                 members,
                 modalities,
                 job.round if terms.stream is None else terms.stream,
@@ -293,7 +299,7 @@ class _Crew:
         holders: dict[str, list[tuple[Sequence[int], Tensor]]] = {}
         for which, outcome in parts:
             for name, rows in outcome.model.items():
-                holders.setdefault(name, []).append((which, rows))
+                holders.setdefault(name, []).append((which, padded(rows, self._model[name].shape)))
         alike: dict[tuple[int, ...], Tensors] = {}
         sums: Tensors = {}
         for name, held in holders.items():

@@ -1,12 +1,14 @@
-"""What a client's own terms (`fedmm.wire.Terms`) change in its training: schedule and number format.
+"""What a client's own terms (`fedmm.wire.Terms`) change in its training: schedule, number format and width.
 
 A device that trains in bfloat16 rounds the model, the broadcast and its samples to bfloat16, and keeps weights,
 gradients and momentum in it: two bytes a number, as `fedmm.engines.costs.training_memory` counts. What it sends back
-is cast to the server's format again, so that messages and their bytes do not depend on it.
+is cast to the server's format again, so that messages and their bytes do not depend on it. A device of part of the
+model's width is sent, trains and sends back the leading corner of each tensor (`fedmm.models.width`).
 """
 
 from __future__ import annotations
 
+import json
 from functools import lru_cache
 
 import torch
@@ -15,6 +17,7 @@ from clients.trainer import LocalSchedule
 from clients.workspace import Workspace, workspace
 from fedmm.config.schema import TrainConfig
 from fedmm.models.blocks import is_float
+from fedmm.models.width import corner, shapes_of
 from fedmm.types import Tensors
 from fedmm.wire import Terms
 
@@ -38,17 +41,32 @@ def local_schedule(train: TrainConfig, epochs: int, lr: float, terms: Terms) -> 
     )
 
 
-def workspace_in(precision: str | None, spec: str, root: str | None, home: str | None = None) -> Workspace:
-    """The process's workspace of a specification in a device's number format; None: in the run's."""
-    return workspace(spec, root, home) if precision is None else _bfloat16(spec, root, home)
+def workspace_on(terms: Terms, spec: str, root: str | None, home: str | None = None) -> Workspace:
+    """The process's workspace of a specification, in the number format and width of a device."""
+    if terms.precision is None and terms.width is None:
+        return workspace(spec, root, home)
+    return _own_workspace(terms.precision, terms.width, spec, root, home)
 
 
-@lru_cache(maxsize=2)
-def _bfloat16(spec: str, root: str | None, home: str | None) -> Workspace:
+@lru_cache(maxsize=8)
+def _own_workspace(
+    precision: str | None, width: int | None, spec: str, root: str | None, home: str | None
+) -> Workspace:
+    if width is not None:
+        raw = json.loads(spec)
+        raw["model"]["width"] = width
+        spec = json.dumps(raw, sort_keys=True)
     here = Workspace(spec, root, home)
-    here.dtype = torch.bfloat16
-    here.model.to(here.dtype)
+    if precision is not None:
+        here.dtype = torch.bfloat16
+        here.model.to(here.dtype)
     return here
+
+
+def fitted(tensors: Tensors, here: Workspace) -> Tensors:
+    """The part of a whole model, or of copies of it (names "model.<name>"), that a narrow device holds."""
+    shapes = shapes_of(here.model)
+    return corner(tensors, shapes | {f"model.{n}": shape for n, shape in shapes.items()})
 
 
 def cast(tensors: Tensors, dtype: torch.dtype) -> Tensors:

@@ -26,12 +26,14 @@ class Terms:
         batch_size: Samples a batch.
         precision: Number format that the client trains in ("bfloat16").
         stream: Number of the client's random stream, in place of the round.
+        width: `model.width` of the part of the model that the client holds (`fedmm.models.width`).
     """
 
     epochs: int | None = None
     batch_size: int | None = None
     precision: str | None = None
     stream: int | None = None
+    width: int | None = None
 
 
 @dataclass(frozen=True)
@@ -106,9 +108,7 @@ def read_task(message: Message) -> Task:
     """The task of a received message."""
     raw = json.loads(str(message.content.config_records["task"]["task"]))
     terms = Terms(**raw.get("terms", {}))
-    return Task(
-        **raw | {"modalities": tuple(raw["modalities"]), "requests": tuple(raw["requests"]), "terms": terms}
-    )
+    return Task(**raw | {"modalities": tuple(raw["modalities"]), "requests": tuple(raw["requests"]), "terms": terms})
 
 
 def reply_content(header: ReplyHeader, report: Tensors, model: Tensors | None = None) -> RecordDict:

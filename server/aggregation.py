@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import torch
 
 from fedmm.models.blocks import block_of, blocks_of, is_float, modality_of
+from fedmm.models.width import Shapes, held_mean, padded
 from fedmm.trees import Run, combine, tree_sum
 from fedmm.types import Tensors
 
@@ -35,6 +36,7 @@ class Update:
         steps: Optimiser steps done.
         place: Place in the round's order, which fixes the order of sums; None: by client.
         blocks: Blocks that were trained, where `model` does not say.
+        held: Shapes of tensors of which the client holds a leading corner alone (`fedmm.models.width`).
     """
 
     client: int
@@ -47,6 +49,7 @@ class Update:
     steps: int = 0
     place: int | None = None
     blocks: tuple[str, ...] | None = None
+    held: Shapes = field(default_factory=dict)
 
     @property
     def trained(self) -> tuple[str, ...]:
@@ -100,7 +103,8 @@ def blockwise_mean(
 
     Returns:
         A new global model with the names, shapes and dtypes of `previous`. Float buffers are averaged with their
-        block, integer buffers take the maximum.
+        block, integer buffers take the maximum. Where clients hold parts of a tensor, each entry is the mean over
+        those who hold it.
     """
     placed = all(u.place is not None for u in updates)
     ordered = sorted(updates, key=lambda u: u.place if placed else u.client)  # type: ignore[arg-type,return-value]
@@ -115,7 +119,11 @@ def blockwise_mean(
         u = by_place.get(place)
         if u is None or not u.model:
             return None
-        return {n: t.to(torch.float64) * weights[place] for n, t in u.model.items() if is_float(t)}
+        return {
+            n: padded(t.to(torch.float64) * weights[place], previous[n].shape)
+            for n, t in u.model.items()
+            if is_float(t)
+        }
 
     places = max(p for p in by_place if p is not None) + 1
     total = combine(updates.sums if isinstance(updates, Gathered) else {}, places, leaf)
@@ -127,6 +135,9 @@ def blockwise_mean(
             result[name] = old
         elif not is_float(old):
             result[name] = torch.stack([by_place[p].model[name] for p in mine]).amax(0)
+        elif any(name in by_place[p].held for p in mine):
+            holders = [(by_place[p].held.get(name, old.shape), weights[p]) for p in mine]
+            result[name] = held_mean(total[name], holders, old).to(old.dtype)
         else:
             result[name] = (total[name] / sum(weights[p] for p in mine)).to(old.dtype)
     return result

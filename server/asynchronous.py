@@ -19,6 +19,7 @@ from fedmm.config.devices import DevicesConfig
 from fedmm.engines.buffered import BufferedRun, Entry
 from fedmm.io.run_directory import Row
 from fedmm.models.blocks import block_of, is_float, modality_of
+from fedmm.models.width import corner, held_mean, padded
 from fedmm.trees import tree_sum
 from fedmm.types import Tensors
 from server.aggregation import Gathered, Update
@@ -56,6 +57,7 @@ def buffered_mean(current: Tensors, buffer: Sequence[Arrived], min_owners: int =
 
     Returns:
         Names, shapes and dtypes of `current`. Float buffers move with their block, integer buffers take the maximum.
+        Where clients hold parts of a tensor, each entry's mean is over those who hold it.
     """
     result: Tensors = {}
     for name, old in current.items():
@@ -66,12 +68,18 @@ def buffered_mean(current: Tensors, buffer: Sequence[Arrived], min_owners: int =
         elif not is_float(old):
             result[name] = torch.stack([old, *(a.update.model[name] for a in mine)]).amax(0)
         else:
-            total = tree_sum(
-                [a.update.samples * a.weight * (a.update.model[name].double() - a.sent[name].double()) for a in mine]
-            )
+            total = tree_sum([_moved(a, name, old.shape) for a in mine])
             assert total is not None
-            result[name] = (old.double() + total / sum(a.update.samples for a in mine)).to(old.dtype)
+            holders = [(a.update.model[name].shape, float(a.update.samples)) for a in mine]
+            result[name] = (old.double() + held_mean(total, holders, torch.zeros_like(total))).to(old.dtype)
     return result
+
+
+def _moved(arrived: Arrived, name: str, shape: torch.Size) -> torch.Tensor:
+    """n_i s(tau_i) times the change of a tensor, float64; zero where the client holds no part of it."""
+    new = arrived.update.model[name]
+    sent = corner({name: arrived.sent[name]}, {name: new.shape})[name]
+    return padded(arrived.update.samples * arrived.weight * (new.double() - sent.double()), shape)
 
 
 @dataclass(frozen=True)
@@ -173,7 +181,9 @@ class Asynchronous:
         for key, tensor in tensors.items():
             version, part, name = key.split("/", 2)
             parts.setdefault(int(version), {"model": {}, "broadcast": {}})[part][name] = tensor
-        self._versions = {version: Parcel(sent["model"], sent["broadcast"]) for version, sent in parts.items()}
+        self._versions = {
+            version: Parcel(sent["model"], sent["broadcast"], self._plan.narrow) for version, sent in parts.items()
+        }
 
 
 def _waves(entries: Sequence[Entry]) -> list[list[Entry]]:

@@ -42,7 +42,8 @@ class Order:
         requests: Statistics wanted.
         deltas: Prefix of the tensors whose change is wanted; None: of none.
         each: The strategy needs every client's model.
-        expected: What a client's reply must hold.
+        expected: What a client's reply must hold; the same object for clients that own and train the same.
+        samples: Training samples of every client.
         deadline: Seconds to wait.
         terms: Of clients that have terms of their own.
     """
@@ -58,6 +59,7 @@ class Order:
     deltas: str | None
     each: bool
     expected: Callable[[Pick], Expected]
+    samples: Sequence[int]
     deadline: float | None
     terms: Mapping[int, Terms] = field(default_factory=dict)
 
@@ -168,12 +170,12 @@ class Crews:
             columns = [t.unbind(0) for t in report.values()]
             rows = [dict(zip(report, row, strict=True)) for row in zip(*columns, strict=True)]
             picks = [by_place[place] for place in group.places]
+            expected = order.expected(picks[0])
             for i, pick in enumerate(picks):
-                expected = order.expected(pick)
                 answers.updates.append(
                     Update(
                         pick.client,
-                        expected.samples,
+                        order.samples[pick.client],
                         pick.modalities,
                         {},
                         rows[i] if rows else {},
@@ -182,6 +184,7 @@ class Crews:
                         int(group.steps[i]),
                         group.places[i],
                         group.blocks,
+                        expected.held,
                     )
                 )
             if deltas:
@@ -234,4 +237,11 @@ def _judge(single: Single, pick: Pick, order: Order) -> Update | Refusal:
     parsed = check_header(single.header, task)
     if parsed is not None:
         return parsed
-    return admit_parts(single.header, tensors(single.report), tensors(single.model), task, order.expected(pick))
+    return admit_parts(
+        single.header,
+        tensors(single.report),
+        tensors(single.model),
+        task,
+        order.expected(pick),
+        order.samples[pick.client],
+    )

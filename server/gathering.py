@@ -9,6 +9,7 @@ from fedmm.config.schema import TrainConfig
 from fedmm.metrics.fields import Sizes, statistics_fields
 from fedmm.models import blocks_of
 from fedmm.models.blocks import block_of, serves
+from fedmm.models.width import corner
 from fedmm.types import Tensors
 from fedmm.wire import Terms
 from server.admission import Expected
@@ -99,6 +100,7 @@ class Collector:
             deltas=self._deltas,
             each=each or strategy.reads_models or policy.max_update_norm is not None,
             expected=self.expectations(parcel.model),
+            samples=samples,
             deadline=policy.deadline_s,
             terms=terms,
         )
@@ -119,21 +121,24 @@ class Collector:
     def expectations(self, model: Tensors) -> Callable[[Pick], Expected]:
         """What the reply of each picked client must hold; the same for clients that own and train the same."""
         objective, every, size = self._plan.objective, blocks_of(model), sizes_of(self._plan)
-        kinds: dict[tuple[tuple[str, ...], tuple[str, ...]], Expected] = {}
+        kinds: dict[tuple[tuple[str, ...], tuple[str, ...], int | None], Expected] = {}
 
         def expected(pick: Pick) -> Expected:
-            owned = self._federates.owned[pick.client]
-            if (owned, pick.modalities) not in kinds:
+            owned, width = self._federates.owned[pick.client], self.terms_of(pick.client).width
+            kind = owned, pick.modalities, width
+            if kind not in kinds:
                 blocks = set(objective.trained_blocks(every, pick.modalities))
-                kinds[owned, pick.modalities] = Expected(
-                    {n: t for n, t in model.items() if block_of(n) in blocks and serves(n, pick.modalities)},
+                mine = {n: t for n, t in model.items() if block_of(n) in blocks and serves(n, pick.modalities)}
+                held = {} if width is None else self._plan.narrow[width]
+                kinds[kind] = Expected(
+                    corner(mine, held),
                     statistics_fields(self._requests, owned, size) | objective.report_fields(pick.modalities, size),
                     owned,
-                    0,
                     self._plan.config.policy.max_update_norm,
                     frozenset(objective.optional_blocks(every, pick.modalities)),
+                    held,
                 )
-            return replace(kinds[owned, pick.modalities], samples=self._federates.samples[pick.client])
+            return kinds[kind]
 
         return expected
 

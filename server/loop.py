@@ -209,7 +209,7 @@ class Server:
         return self._collector.collect(picks, round, epochs, self._parcel())
 
     def _parcel(self) -> Parcel:
-        return Parcel(self.model, self._broadcast())
+        return Parcel(self.model, self._broadcast(), self.plan.narrow)
 
     def _enough(self, asked: int, used: int, round: int) -> bool:
         """The policy's verdict on a round; the events that led to it are on record even if it ends the run."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from functools import cache
 
 from fedmm.config.schema import Config
@@ -12,6 +13,7 @@ from fedmm.engines.costs import training_memory
 from fedmm.engines.devices import Fleet, Precision, build_fleet, refuse_too_small
 from fedmm.errors import ConfigError
 from fedmm.models import MultimodalModel, build_model
+from fedmm.models.width import Shapes, build_narrow, hidden_width, shapes_of
 from fedmm.objectives import Objective, build_objective
 from fedmm.seeding import numpy_rng
 from fedmm.spec import client_spec
@@ -30,7 +32,12 @@ _MODEL_PARTS = {
 
 @dataclass(frozen=True)
 class Plan:
-    """The parts that a configuration names, built and checked; without `devices` the fleet is empty."""
+    """The parts that a configuration names, built and checked.
+
+    Attributes:
+        fleet: Device of each client; empty without `devices`.
+        narrow: Width of devices that hold a part of the model -> shapes of the tensors of which they hold a part.
+    """
 
     config: Config
     spec: str
@@ -40,6 +47,12 @@ class Plan:
     strategy: Strategy
     selector: Selector
     fleet: Fleet = ()
+    narrow: Mapping[int, Shapes] = field(default_factory=dict)
+
+    def narrow_model(self, width: int) -> MultimodalModel:
+        """The model of devices of some width."""
+        specs, classes = self.dataset.specs, len(self.dataset.classes)
+        return build_narrow(specs, classes, self.config.model, width, self.config.seed, self.model)
 
 
 def check(config: Config) -> tuple[Objective, Strategy, Selector]:
@@ -111,7 +124,9 @@ def check_devices(config: Config, objective: Objective, selector: Selector, stra
     """
     if config.devices is None:
         return
-    build_fleet(config.devices, config.scenario.clients, config.seed)
+    fleet = build_fleet(config.devices, config.scenario.clients, config.seed)
+    if {hidden_width(config.model, device.width) for device in fleet} - {None}:
+        _check_widths(config, objective.knowledge() | selector.knowledge(), strategy)
     if config.devices.mode != "buffered":
         return
     where, remedy = "devices.mode", "use mode: synchronous, or the fedavg method's {0}"
@@ -151,31 +166,51 @@ def check_devices(config: Config, objective: Objective, selector: Selector, stra
         )
 
 
-def plan_fleet(config: Config, dataset: Dataset, model: MultimodalModel) -> Fleet:
-    """The device of each client; empty without `devices`.
+def _check_widths(config: Config, knowledge: frozenset[str], strategy: Strategy) -> None:
+    """Refuse parts of models where whole ones are compared."""
+    remedy = "leave devices' width at 1, or use {}"
+    if strategy.reads_models:
+        raise ConfigError(
+            f'strategy "{config.strategy.name}" compares whole models, but some devices hold parts',
+            where="devices",
+            remedy=remedy.format("strategy: fedavg"),
+        )
+    if compared := sorted(kind for kind in knowledge if KNOWLEDGE[kind].deltas is not None):
+        raise ConfigError(
+            f"{compared[0]} compares the changes of whole models, but some devices hold parts",
+            where="devices",
+            remedy=remedy.format("selection: uniform"),
+        )
+
+
+def _with_fleet(made: Plan) -> Plan:
+    """The plan with its devices.
 
     Raises:
         ConfigError: Devices cannot be dealt out, or cannot hold the training of their clients.
     """
+    config, specs = made.config, made.dataset.specs
     if config.devices is None:
-        return ()
+        return made
     setting, clients = config.scenario.modalities, config.scenario.clients
     fleet = build_fleet(config.devices, clients, config.seed)
-    owned = owners(clients, dataset.modalities, setting.multimodal, numpy_rng(config.seed, "owners"))
+    owned = owners(clients, made.dataset.modalities, setting.multimodal, numpy_rng(config.seed, "owners"))
+    widths = [hidden_width(config.model, device.width) for device in fleet]
+    models = {w: made.model if w is None else made.narrow_model(w) for w in dict.fromkeys(widths)}
 
     @cache
-    def need(modalities: tuple[str, ...], batch_size: int, precision: Precision) -> int:
+    def need(modalities: tuple[str, ...], batch_size: int, precision: Precision, width: int | None) -> int:
         momentum = config.train.momentum > 0
-        return training_memory(model, dataset.specs, modalities, batch_size, precision, momentum=momentum).total
+        return training_memory(models[width], specs, modalities, batch_size, precision, momentum=momentum).total
 
-    refuse_too_small(
-        fleet,
-        {
-            k: need(owned[k], device.batch_size or config.train.batch_size, device.precision)
-            for k, device in enumerate(fleet)
-        },
-    )
-    return fleet
+    needs = {
+        k: need(owned[k], device.batch_size or config.train.batch_size, device.precision, widths[k])
+        for k, device in enumerate(fleet)
+    }
+    refuse_too_small(fleet, needs)
+    whole = shapes_of(made.model)
+    parts = {w: {n: s for n, s in shapes_of(m).items() if s != whole[n]} for w, m in models.items() if w is not None}
+    return replace(made, fleet=fleet, narrow=parts)
 
 
 def plan(config: Config) -> Plan:
@@ -189,5 +224,4 @@ def plan(config: Config) -> Plan:
     dataset = load_dataset(config.data)
     check_modalities(config, objective, selector, dataset.modalities)
     model = build_model(dataset.specs, len(dataset.classes), config.model, config.seed)
-    fleet = plan_fleet(config, dataset, model)
-    return Plan(config, client_spec(config), dataset, model, objective, strategy, selector, fleet)
+    return _with_fleet(Plan(config, client_spec(config), dataset, model, objective, strategy, selector))

@@ -18,6 +18,7 @@ from fedmm.engines.grid import WorkingGrid, stream_replies
 from fedmm.errors import RunError
 from fedmm.metrics.fields import Fields, fault
 from fedmm.models.blocks import block_of, bytes_per_block, serves
+from fedmm.models.width import Shapes, corner
 from fedmm.types import Tensors
 from fedmm.wire import ReplyHeader, Task, Terms, read_reply, task_record, to_record
 from server.admission import Refusal, admit, parse
@@ -46,32 +47,43 @@ class Parcel:
     """What goes down with a task: the model, restricted to what a client owns, and knowledge.
 
     Records are made once a round and shared by all clients that get the same.
+
+    Attributes:
+        model: Whole model.
+        broadcast: Knowledge.
+        narrow: Width -> shapes of the tensors of which devices of this width get the leading corner.
     """
 
     model: Tensors
     broadcast: Tensors = field(default_factory=dict)
-    _records: dict[tuple[str, ...], ArrayRecord] = field(default_factory=dict)
-    _sizes: dict[tuple[str, ...], dict[str, int]] = field(default_factory=dict)
+    narrow: Mapping[int, Shapes] = field(default_factory=dict)
+    _records: dict[tuple[tuple[str, ...], int | None], ArrayRecord] = field(default_factory=dict)
+    _sizes: dict[tuple[tuple[str, ...], int | None], dict[str, int]] = field(default_factory=dict)
 
-    def records(self, modalities: tuple[str, ...]) -> RecordDict:
+    def part(self, modalities: tuple[str, ...], width: int | None = None) -> Tensors:
+        """What a client that owns `modalities`, of some width, is sent of the model."""
+        mine = {n: t for n, t in self.model.items() if serves(n, modalities)}
+        return mine if width is None else corner(mine, self.narrow[width])
+
+    def records(self, modalities: tuple[str, ...], width: int | None = None) -> RecordDict:
         """Array records for a client that owns `modalities`."""
-        if modalities not in self._records:
-            self._records[modalities] = to_record({n: t for n, t in self.model.items() if serves(n, modalities)})
-        content = RecordDict({"model": self._records[modalities]})
+        if (modalities, width) not in self._records:
+            self._records[modalities, width] = to_record(self.part(modalities, width))
+        content = RecordDict({"model": self._records[modalities, width]})
         if self.broadcast:
-            if () not in self._records:
-                self._records[()] = to_record(self.broadcast)
-            content["broadcast"] = self._records[()]
+            if ((), None) not in self._records:
+                self._records[(), None] = to_record(self.broadcast)
+            content["broadcast"] = self._records[(), None]
         return content
 
-    def size(self, modalities: tuple[str, ...]) -> dict[str, int]:
+    def size(self, modalities: tuple[str, ...], width: int | None = None) -> dict[str, int]:
         """Bytes by block of what a client that owns `modalities` is sent."""
-        if modalities not in self._sizes:
-            size = bytes_per_block({n: t for n, t in self.model.items() if serves(n, modalities)})
+        if (modalities, width) not in self._sizes:
+            size = bytes_per_block(self.part(modalities, width))
             if self.broadcast:
                 size["broadcast"] = sum(t.numel() * t.element_size() for t in self.broadcast.values())
-            self._sizes[modalities] = size
-        return self._sizes[modalities]
+            self._sizes[modalities, width] = size
+        return self._sizes[modalities, width]
 
 
 class Session:
@@ -139,18 +151,20 @@ class Session:
 
     def train(self, order: Order, parcel: Parcel) -> Answers:
         """Have clients train once; everything that came is admitted or refused, and metered."""
+        widths = {p.client: order.terms.get(p.client, Terms()).width for p in order.picks}
         for pick in order.picks:
-            self.traffic.add(self.traffic.down, parcel.size(order.expected(pick).owned))
+            self.traffic.add(self.traffic.down, parcel.size(order.expected(pick).owned, widths[pick.client]))
         if self.crews is not None:
             answers = self.crews.train(order, parcel.model, parcel.broadcast)
         else:
             answers = self._train_by_messages(order, parcel)
-        sizes: dict[tuple[str, ...], dict[str, int]] = {}
+        sizes: dict[tuple[tuple[str, ...], int | None], dict[str, int]] = {}
         for u in answers.updates:
-            if u.trained not in sizes:
-                trained = set(u.trained)
-                sizes[u.trained] = bytes_per_block({n: t for n, t in parcel.model.items() if block_of(n) in trained})
-            self.traffic.add(self.traffic.up, sizes[u.trained])
+            kind = u.trained, widths[u.client]
+            if kind not in sizes:
+                held = parcel.model | parcel.part(u.modalities, widths[u.client])
+                sizes[kind] = bytes_per_block({n: t for n, t in held.items() if block_of(n) in set(u.trained)})
+            self.traffic.add(self.traffic.up, sizes[kind])
             if u.report:
                 self.traffic.add(self.traffic.up, {"report": _bytes(u.report)})
         return answers
@@ -177,7 +191,7 @@ class Session:
             if message is None:
                 answers.late.append(task.client)
                 continue
-            result = admit(message, task, wanted)
+            result = admit(message, task, wanted, order.samples[task.client])
             if isinstance(result, Refusal):
                 answers.refusals.append(result)
             else:
@@ -233,7 +247,7 @@ class Session:
         """Send each task to its client with the blocks of `owned[i]`; replies in the order of `tasks`, None if late."""
         messages = {}
         for task, modalities in zip(tasks, owned, strict=True):
-            content = parcel.records(modalities)
+            content = parcel.records(modalities, task.terms.width)
             content["task"] = task_record(task)
             messages[self._nodes[task.client]] = Message(
                 content, self._nodes[task.client], kind, group_id=str(task.round)

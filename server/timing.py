@@ -6,7 +6,7 @@ whose reply counts are trained at all. Evaluations and selectors' questions take
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from math import inf, prod
 from typing import Any, NamedTuple
@@ -27,9 +27,10 @@ from fedmm.engines.clock import (
     time_to_accuracy,
 )
 from fedmm.engines.costs import training_flops
-from fedmm.engines.devices import DeviceProfile, Fleet
+from fedmm.engines.devices import Fleet
 from fedmm.io.run_directory import Row
 from fedmm.models import bytes_per_block
+from fedmm.models.width import hidden_width
 from fedmm.wire import Terms
 from server.admission import Expected
 from server.plan import Plan
@@ -80,8 +81,8 @@ class Timing:
     def __init__(self, plan: Plan, devices: DevicesConfig, samples: Sequence[int]) -> None:
         self.fleet: Fleet = plan.fleet
         self._plan, self._devices, self._samples = plan, devices, samples
-        self._flops: dict[tuple[str, ...], int] = {}
-        self.terms = {k: terms for k, terms in enumerate(map(terms_of, self.fleet)) if terms != Terms()}
+        self._flops: dict[tuple[tuple[str, ...], int | None], int] = {}
+        self.terms = {k: terms for k, terms in enumerate(own_terms(plan)) if terms != Terms()}
         self.clock = start_clock(self.fleet)
         self.spent = Spent()
         self.records: list[Reading] = []
@@ -146,17 +147,19 @@ class Timing:
 
     def work(self, pick: Pick, parcel: Parcel, expected: Expected, epochs: int, *, own_epochs: bool = True) -> Work:
         """What a task asks of a client's device."""
-        if pick.modalities not in self._flops:
-            self._flops[pick.modalities] = training_flops(self._plan.model, self._plan.dataset.specs, pick.modalities)
         terms = self.terms.get(pick.client, Terms())
+        kind = pick.modalities, terms.width
+        if kind not in self._flops:
+            model = self._plan.model if terms.width is None else self._plan.narrow_model(terms.width)
+            self._flops[kind] = training_flops(model, self._plan.dataset.specs, pick.modalities)
         up = sum(bytes_per_block(dict(expected.model)).values()) + sum(
             8 * prod(f.shape) for f in expected.report.values()
         )
         return Work(
             self._samples[pick.client],
             (terms.epochs or epochs) if own_epochs else epochs,
-            self._flops[pick.modalities],
-            sum(parcel.size(expected.owned).values()),
+            self._flops[kind],
+            sum(parcel.size(expected.owned, terms.width).values()),
             up,
         )
 
@@ -191,10 +194,12 @@ class Timing:
         self.records = [Reading(*r) for r in state["records"]]
 
 
-def terms_of(profile: DeviceProfile) -> Terms:
-    """The terms that a device trains on."""
-    low = profile.precision if profile.precision != "float32" else None
-    return Terms(profile.local_epochs, profile.batch_size, low)
+def own_terms(plan: Plan) -> Iterator[Terms]:
+    """The terms that each device of the fleet trains on."""
+    for device in plan.fleet:
+        low = device.precision if device.precision != "float32" else None
+        width = hidden_width(plan.config.model, device.width)
+        yield Terms(device.local_epochs, device.batch_size, low, width=width)
 
 
 def failures(round: int, failed: Iterable[tuple[int, str]]) -> list[Event]:
