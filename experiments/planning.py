@@ -261,7 +261,8 @@ def _time_table(found: Forecast) -> Table:
     s = found.seconds
     how = "rehearsed" if s.rehearsed else "from timed steps"
     table = _table(f"time on engine {found.config.engine.name}, {how}", "", "seconds", "")
-    table.add_row("start", f"{s.start:.1f}", "libraries, data, processes")
+    flower = found.config.engine.name == "flower"
+    table.add_row("start", f"{s.start:.1f}", "without Flower's processes" if flower else "libraries, data, processes")
     if s.bootstrap:
         table.add_row("bootstrap", f"{s.bootstrap:.1f}", "every client once")
     table.add_row("rounds", f"{s.rounds:.1f}", f"{s.round:.3f} each")
