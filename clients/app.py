@@ -34,10 +34,11 @@ def _open(message: Message, context: Context) -> tuple[Task, Workspace]:
     return task, workspace(task.spec, data_root(context))
 
 
-def _broadcast(message: Message, task: Task) -> Tensors:
+def _broadcast(message: Message, task: Task, here: Workspace) -> Tensors:
     record = message.content.array_records.get("broadcast")
     knowledge = from_record(record) if record is not None else {}
-    return knowledge | {"round": torch.tensor(max(task.round - 1, 0))}
+    knowledge["round"] = torch.tensor(max(task.round - 1, 0))
+    return {n: t.to(here.device) for n, t in knowledge.items()}
 
 
 @app.query()
@@ -73,7 +74,7 @@ def train(message: Message, context: Context) -> Message:
     task, here = _open(message, context)
     terms = task.terms
     schedule = local_schedule(here.config.train, task.epochs, task.lr, terms)
-    own, broadcast = workspace_on(terms, task.spec, data_root(context)), _broadcast(message, task)
+    own, broadcast = workspace_on(terms, task.spec, data_root(context)), _broadcast(message, task, here)
     outcome = train_together(
         own,
         here.decode(message.content.array_records["model"]),
@@ -101,6 +102,6 @@ def judge(message: Message, context: Context) -> Message:
     task, here = _open(message, context)
     model = here.load(here.decode(message.content.array_records["model"]))
     data = here.data(task.client, task.split)
-    report = evaluate(model, data, _broadcast(message, task)) if len(data) else {}
+    report = evaluate(model, data, _broadcast(message, task, here)) if len(data) else {}
     header = ReplyHeader(task.round, task.client, len(data), modalities=data.modalities)
     return Message(reply_content(header, report), reply_to=message)

@@ -24,7 +24,7 @@ Handler = Callable[[Message, Context], Message]
 
 
 def _first(model: Tensors, change: Callable[[torch.Tensor], torch.Tensor]) -> Tensors:
-    name = next(iter(model))
+    name = min(model)  # whatever order the tensors came in
     return model | {name: change(model[name])}
 
 

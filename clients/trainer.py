@@ -102,7 +102,7 @@ def train(
     momenta: Tensors = {}
     noise = seeding.torch_rng(seed, "noise", *path)
     model.train()
-    total, steps = torch.zeros((), dtype=torch.float64), 0
+    total, steps = torch.zeros((), dtype=torch.float64, device=data.y.device), 0
     met: set[str] = set()
 
     def renew() -> None:
@@ -126,7 +126,7 @@ def train(
                     p.grad = None
                 loss.backward()  # type: ignore[no-untyped-call]
                 gradients = {n: p.grad for n, p in parameters.items() if p.grad is not None}
-            seen |= objective.noise(parameters, noise)
+            seen |= {n: t.to(loss.device) for n, t in objective.noise(parameters, noise).items()}
             with torch.no_grad():
                 gradients = objective.edit_gradients(gradients, parameters, seen)
             sgd_step(parameters, gradients, momenta, schedule)

@@ -16,6 +16,7 @@ from fedmm.config.schema import Config
 from fedmm.data import load_dataset
 from fedmm.data.federation import Pool, build_federation
 from fedmm.data.layout import layout, open_layout
+from fedmm.errors import ConfigError
 from fedmm.models import MultimodalModel, build_model
 from fedmm.models.stacked import Stack, Unstackable
 from fedmm.objectives import Objective, build_objective
@@ -48,7 +49,9 @@ class Workspace:
         else:
             self.layout = open_layout(home)
         self.dtype = torch.float64 if self.config.train.precision == "float64" else torch.float32
-        self.device = torch.device("cpu")
+        self.device = torch.device(self.config.engine.device)
+        if self.device.type == "cuda" and not torch.cuda.is_available():
+            raise ConfigError("PyTorch finds no GPU", where="engine.device", remedy="use engine.device=cpu")
         built = build_model(self.layout.specs, self.layout.classes, self.config.model, self.config.seed)
         # Channels last: convolutions of a single client are half as fast again on a CPU.
         self.model: MultimodalModel = built.to(self.device, self.dtype)

@@ -147,7 +147,8 @@ class ClientData:
     def batch(self, index: Tensor | None = None) -> Batch:
         """Rows `index` (int64 [B]; all rows by default) as a batch."""
         if index is None:
-            return Batch(self.x, self.present, self.y, torch.arange(len(self)))
+            return Batch(self.x, self.present, self.y, torch.arange(len(self), device=self.y.device))
+        index = index.to(self.y.device)
         return Batch(
             {m: x[index] for m, x in self.x.items()},
             {m: p[index] for m, p in self.present.items()},

@@ -153,9 +153,9 @@ KNOWLEDGE: Mapping[str, type[Knowledge]] = MappingProxyType(
         "prototypes": Prototypes,
         "imbalance": Imbalance,
         "confidence": Confidence,
-        "growth": Growth,
         "blend": Blend,
         "previous": Previous,
+        "growth": Growth,
         "directions": Directions,
         "whole_directions": WholeDirections,
     }

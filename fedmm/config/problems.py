@@ -49,8 +49,11 @@ def config_error(error: ValidationError, model: type[BaseModel], origin: Mapping
 
 def fields_of(model: type[BaseModel], path: str) -> list[str]:
     """Names of the fields of the section at a dotted path of `model` ("" = the model itself)."""
+    key = False
     for part in filter(None, path.split(".")):
-        model = _section(model, part) or model
+        # After a mapping comes a key of the user's own choice.
+        inner, key = (None, False) if key else _section(model, part)
+        model = inner or model
     return list(model.model_fields)
 
 
@@ -58,24 +61,29 @@ def _locate(location: tuple[int | str, ...], model: type[BaseModel]) -> tuple[st
     """Dotted path of an error, and of the section that holds it; pydantic's union branches are left out."""
     parts: list[str] = []
     current: type[BaseModel] | None = model
+    key = False
     for part in location:
         if current is None and not isinstance(part, int) and ("[" in part or part in {"str", "int", "float", "bool"}):
             continue
         parts.append(str(part))
-        if not isinstance(part, int):
-            current = _section(current, part) if current else None
+        if key:
+            key = False
+        elif not isinstance(part, int):
+            current, key = _section(current, part) if current else (None, False)
     return ".".join(parts), ".".join(parts[:-1])
 
 
-def _section(model: type[BaseModel], field: str) -> type[BaseModel] | None:
+def _section(model: type[BaseModel], field: str) -> tuple[type[BaseModel] | None, bool]:
+    """The section that a field holds, if any, and whether the field is a mapping from names to such sections."""
     info = model.model_fields.get(field)
-    return next(_models(info.annotation), None) if info else None
+    found = next(_models(info.annotation), None) if info else None
+    return found, found is not None and info is not None and typing.get_origin(info.annotation) is dict
 
 
 def _models(annotation: Any) -> Iterator[type[BaseModel]]:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         yield annotation
-    elif typing.get_origin(annotation) in (typing.Union, types.UnionType, list):
+    elif typing.get_origin(annotation) in (typing.Union, types.UnionType, list, dict):
         for inner in typing.get_args(annotation):
             yield from _models(inner)
 

@@ -261,13 +261,15 @@ class EngineConfig(Section):
         workers: Processes of ray and of Flower's simulation.
         cohort: Clients that train as one stacked computation: "on", "off" (one by one), or "auto": what a short probe
             at the start finds faster. Both give the same weights to float tolerance.
-        cohort_size: Largest number of clients in a stack, a power of two.
+        cohort_size: Largest number of clients in a stack, a power of two. On a GPU hundreds of small clients fit.
+        device: Where clients of inproc and ray train: "cpu", or "cuda" (all workers share the card).
     """
 
     name: Literal["inproc", "ray", "flower"] = "inproc"
     workers: PositiveInt = 2
     cohort: Literal["auto", "on", "off"] = "auto"
     cohort_size: PositiveInt = 16
+    device: Literal["cpu", "cuda"] = "cpu"
 
     @field_validator("cohort_size")
     @classmethod

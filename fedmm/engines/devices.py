@@ -223,7 +223,7 @@ def refuse_too_small(fleet: Fleet, need: Mapping[int, int]) -> None:
     raise ConfigError(
         f"{len(small)} of {len(fleet)} devices are too small for the model: {'; '.join(shown[:5])}{more}",
         where="devices",
-        remedy="lower batch_size, set precision: bfloat16, shrink model.width or model.features, or raise memory_bytes",
+        remedy="lower batch_size, set precision: bfloat16 or a width below 1, shrink the model, or raise memory_bytes",
     )
 
 

@@ -230,9 +230,9 @@ class RayPool:
                 try:
                     outcomes = ray.get(ref)
                 except DEATH as error:
+                    self.deaths += 1
                     self._replace(worker)
                     if worker in self._seen_alive:
-                        self.deaths += 1
                         yield chunk, [], error
                     else:
                         # It may have died while it was idle: nobody is charged with that.

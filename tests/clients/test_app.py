@@ -148,7 +148,7 @@ def reply(header=GOOD, report=None, model=None):
 
 
 def verdict(sent):
-    found = admit(sent, TASK, Expected(SENT, {}, ("a", "b"), 10))
+    found = admit(sent, TASK, Expected(SENT, {}, ("a", "b")), 10)
     return found.kind if isinstance(found, Refusal) else found
 
 
@@ -177,27 +177,27 @@ FULL = {
     ids=["missing", "extra", "broadcastable", "dtype", "nan", "negative"],
 )
 def test_a_spoilt_report_is_refused(spoil):
-    expected = Expected(SENT, REPORT, ("a", "b"), 10)
-    assert not isinstance(admit(reply(report=FULL), TASK, expected), Refusal)
-    found = admit(reply(report=spoil(FULL)), TASK, expected)
+    expected = Expected(SENT, REPORT, ("a", "b"))
+    assert not isinstance(admit(reply(report=FULL), TASK, expected, 10), Refusal)
+    found = admit(reply(report=spoil(FULL)), TASK, expected, 10)
     assert isinstance(found, Refusal)
     assert found.kind == "report"
 
 
 def test_an_optional_block_is_left_out_as_a_whole_or_not_at_all():
     sent = SENT | {"encoder.a.b": torch.zeros(1)}
-    expected = Expected(sent, {}, ("a", "b"), 10, optional=frozenset({"encoder.a"}))
+    expected = Expected(sent, {}, ("a", "b"), optional=frozenset({"encoder.a"}))
     head = {"head.joint.w": torch.zeros(3)}
-    assert set(admit(reply(model=head), TASK, expected).model) == set(head)
-    assert set(admit(reply(model=sent), TASK, expected).model) == set(sent)
+    assert set(admit(reply(model=head), TASK, expected, 10).model) == set(head)
+    assert set(admit(reply(model=sent), TASK, expected, 10).model) == set(sent)
     for part in (SENT, {n: sent[n] for n in ("encoder.a.w", "encoder.a.b")}):
-        found = admit(reply(model=part), TASK, expected)
+        found = admit(reply(model=part), TASK, expected, 10)
         assert isinstance(found, Refusal)
         assert found.kind == "blocks"
 
 
 def test_more_samples_than_the_client_has_are_refused():
-    assert isinstance(admit(reply(), TASK, Expected(SENT, {}, ("a", "b"), 9)), Refusal)
+    assert isinstance(admit(reply(), TASK, Expected(SENT, {}, ("a", "b")), 9), Refusal)
 
 
 @pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
