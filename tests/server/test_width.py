@@ -134,3 +134,15 @@ def test_a_network_with_other_layers_at_another_width_is_no_part():
     config = settings(model__encoder="resnet18", model__width=8, model__features=64).model
     with pytest.raises(ConfigError, match="other layers"):
         build_narrow(IMAGES, 4, config, 4, 0, build_model(IMAGES, 4, config, 0))
+
+
+@pytest.mark.slow
+def test_ray_gives_the_bits_of_this_process(tmp_path):
+    from experiments.runner import run
+
+    devices = {"classes": {"full": STEADY | {"count": 3}, "half": STEADY | {"count": 3, "width": 0.5}}}
+    devices["clients"] = [{"client": 1, "precision": "bfloat16"}, {"client": 2, "local_epochs": 2, "batch_size": 8}]
+    config = settings(devices, engine__cohort="on")
+    here = run(config, tmp_path / "here")
+    ray = config.model_copy(update={"engine": config.engine.model_copy(update={"name": "ray", "workers": 2})})
+    assert run(ray, tmp_path / "ray")["weights_sha256"] == here["weights_sha256"]

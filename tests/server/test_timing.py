@@ -261,3 +261,17 @@ def test_the_bootstrap_waits_for_the_slowest_and_is_counted(tmp_path):
     tiny.run(tmp_path, tiny.config("cmsfed", **fleet(0)))
     seconds = metric(tmp_path, "simulated_seconds")
     assert 7 < seconds[0] < seconds[1]
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ({"classes": {"phone": {"droput": 0.1}}}, r"devices\.classes\.phone\.droput: unknown key.*dropout"),
+        ({"classes": {"phone": "much"}}, r"devices\.classes\.phone: .*a mapping with flops_s"),
+        ({"classes": {"phone": {"battery": {"capcity_j": 1}}}}, r"phone\.battery\..*capacity_j"),
+        ({"classes": {"classes": {"widht": 0.5}}}, r"devices\.classes\.classes\.widht: unknown key.*width"),
+    ],
+)
+def test_a_slip_inside_a_class_is_named_with_what_the_class_knows(section, message):
+    with pytest.raises(ConfigError, match=message):
+        tiny.config(devices=section)
