@@ -13,6 +13,7 @@ from typing import Any
 from flwr.serverapp import Grid
 
 from fedmm import seeding
+from fedmm.errors import RunError
 from fedmm.io.checkpoint import Checkpoint, save_checkpoint
 from fedmm.io.files import weights_sha256
 from fedmm.io.run_directory import Row, RunDirectory
@@ -215,8 +216,9 @@ class Server:
         """The policy's verdict on a round; the events that led to it are on record even if it ends the run."""
         try:
             return self.policy.enough(asked, used, round)
-        finally:
+        except RunError:
             self.directory.update_manifest({"events": [e.record() for e in self.policy.events]})
+            raise
 
     def _broadcast(self) -> Tensors:
         wanted = self.plan.objective.knowledge()

@@ -38,14 +38,15 @@ from server.policy import Event
 from server.selection import Pick
 from server.session import Parcel
 
-_STRAGGLER = "another reply came first, or the deadline"
 _FATES: Mapping[str, str] = {
-    "dropout": "the client dropped out",
-    "battery": "its battery ran empty",
-    "interrupted": "the device left and lost the task",
-    "unavailable": "the device never came back",
+    "straggler": "under way when enough replies were there, or the time was over",
+    "dropout": "dropped out",
+    "battery": "battery ran empty",
+    "interrupted": "left and lost the task",
+    "unavailable": "never came back",
     "late": "no reply within devices.deadline_s",
 }
+"""What happened to a task without a reply."""
 
 
 class Chosen(NamedTuple):
@@ -111,14 +112,13 @@ class Timing:
         work = {p.client: self.work(p, parcel, expected(p), self._plan.config.train.local_epochs) for p in picks}
         seed, deadline = self._plan.config.seed, self._devices.deadline_s
         self.clock, timing = simulate_round(self.clock, self.fleet, work, wanted, seed, round, deadline)
-        events = [Event(round, "straggler", k, _STRAGGLER, "left out of the round") for k in timing.stragglers]
-        events += failures(round, timing.failed.items())
+        failed = [(k, "straggler") for k in timing.stragglers] + list(timing.failed.items())
         rows = [
             row(round, "stragglers", len(timing.stragglers)),
             row(round, "dropouts", len(timing.failed)),
             *self.passed(round, timing.spent),
         ]
-        return Chosen([p for p in picks if p.client in timing.arrival_s], sorted(events, key=_by_client), rows)
+        return Chosen([p for p in picks if p.client in timing.arrival_s], failures(round, failed), rows)
 
     def bootstrap(self, picks: Sequence[Pick], parcel: Parcel, expected: Callable[[Pick], Expected]) -> list[Row]:
         """Let the bootstrap pass: one epoch of everybody. The server needs all, and waits for the slowest.
@@ -203,8 +203,14 @@ def own_terms(plan: Plan) -> Iterator[Terms]:
 
 
 def failures(round: int, failed: Iterable[tuple[int, str]]) -> list[Event]:
-    """What became of tasks without a reply: (client, fate)."""
-    return [Event(round, fate, k, _FATES[fate], "left out of the round") for k, fate in failed]
+    """What became of tasks without a reply, (client, fate); one event a fate, as in large rounds they are many."""
+    by_fate: dict[str, list[int]] = {}
+    for client, fate in failed:
+        by_fate.setdefault(fate, []).append(client)
+    return [
+        Event(round, fate, None, f"{_FATES[fate]}: client {', '.join(map(str, sorted(k)))}", "left out of the round")
+        for fate, k in sorted(by_fate.items())
+    ]
 
 
 def _total(parts: Sequence[Leg]) -> Spent:
@@ -214,7 +220,3 @@ def _total(parts: Sequence[Leg]) -> Spent:
 def row(round: int, metric: str, value: float) -> Row:
     """A figure of a whole round."""
     return Row(round, "train", "global", None, "fused", metric, float(value))
-
-
-def _by_client(event: Event) -> int:
-    return -1 if event.client is None else event.client

@@ -202,15 +202,16 @@ class BufferedRun:
 
     def _fill(self) -> float:
         """Start tasks on ready clients; return when the next idle one is ready, infinite if no place is free."""
+        if len(self._flying) >= self._config.concurrency:
+            return inf
+        busy, now_s = {f.client for f in self._flying}, self.clock.now_s
+        when = {k: ready_at(self.clock, self._fleet, k, now_s) for k in self._work if k not in busy}
+        ready = [k for k, at in when.items() if at <= now_s]
         while len(self._flying) < self._config.concurrency:
-            busy = {f.client for f in self._flying}
-            now_s = self.clock.now_s
-            when = {k: ready_at(self.clock, self._fleet, k, now_s) for k in self._work if k not in busy}
-            ready = [k for k, at in when.items() if at <= now_s]
             if not ready:
-                return min(when.values(), default=inf)
+                return min((at for at in when.values() if at > now_s), default=inf)
             choice = seeding.numpy_rng(self._seed, "async", self._tasks).integers(len(ready))
-            self._start(ready[int(choice)])
+            self._start(ready.pop(int(choice)))
         return inf
 
     def _start(self, client: int) -> None:

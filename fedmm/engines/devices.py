@@ -72,6 +72,9 @@ class Availability:
 
         With zero seconds: when the device is there next.
         """
+        begin, end = self.windows_s[-1]
+        if end == inf and start_s >= self.phase_s + begin:  # there for good, as most devices are
+            return start_s + active_s
         left = active_s
         for begin, end in self.windows(start_s):
             here = max(begin, start_s)

@@ -35,8 +35,13 @@ def clients_of(path):
     return {round: sorted(clients) for round, clients in tiny.selected(path).items()}
 
 
-def kinds(path):
-    return [(e["round"], e["kind"], e["client"]) for e in tiny.manifest(path)["events"]]
+def lost(path):
+    """(round, kind, clients) of every event of a device."""
+    return [
+        (e["round"], e["kind"], [int(k) for k in e["reason"].split("client ")[1].split(", ")])
+        for e in tiny.manifest(path)["events"]
+        if "client " in e["reason"] and e["client"] is None
+    ]
 
 
 @pytest.mark.parametrize("method", ["fedavg", "cmsfed"])
@@ -65,7 +70,8 @@ def test_the_deadline_drops_the_slow(tmp_path):
     config = tiny.config("fedavg", **EVERYONE, **LENIENT, **fleet(1, 3, deadline_s=0.5))
     summary = tiny.run(tmp_path, config)
     assert clients_of(tmp_path) == {1: [0, 2, 4, 5], 2: [0, 2, 4, 5]}
-    assert kinds(tmp_path) == [(r, "straggler", k) for r in (1, 2) for k in (1, 3)]
+    assert lost(tmp_path) == [(r, "straggler", [1, 3]) for r in (1, 2)]
+    assert {e["decision"] for e in tiny.manifest(tmp_path)["events"]} == {"left out of the round"}
     assert summary["simulated_seconds"] == pytest.approx(2 * 0.5)
     assert (summary["replies_used"], summary["replies_expected"], summary["status"]) == (8, 12, "degraded")
     # What the slow were sent until the deadline is spent all the same.
@@ -94,16 +100,16 @@ def test_over_selection_keeps_the_round_full_and_leaves_the_slow_behind(tmp_path
     config = tiny.config("fedavg", train__clients_per_round=4, **fleet(2, 5, over_selection=1.5))
     summary = tiny.run(tmp_path, config)
     assert clients_of(tmp_path) == {1: [0, 1, 3, 4], 2: [0, 1, 3, 4]}
-    assert kinds(tmp_path) == [(r, "straggler", k) for r in (1, 2) for k in (2, 5)]
+    assert lost(tmp_path) == [(r, "straggler", [2, 5]) for r in (1, 2)]
     assert (summary["status"], summary["replies_used"]) == ("completed", 8)
 
 
 def test_dropouts_are_counted_and_recorded(tmp_path):
     section = {"devices": {"classes": {"flaky": STEADY | {"dropout": 0.5}}}}
     summary = tiny.run(tmp_path, tiny.config("fedavg", train__rounds=8, **EVERYONE, **LENIENT, **section))
-    lost = [event for event in kinds(tmp_path) if event[1] == "dropout"]
-    assert len(lost) == sum(metric(tmp_path, "dropouts").values()) == 48 - summary["replies_used"]
-    assert 12 <= len(lost) <= 36  # 24 expected, standard deviation 3.5
+    count = sum(len(clients) for _, kind, clients in lost(tmp_path) if kind == "dropout")
+    assert count == sum(metric(tmp_path, "dropouts").values()) == 48 - summary["replies_used"]
+    assert 12 <= count <= 36  # 24 expected, standard deviation 3.5
 
 
 def test_clients_that_are_away_are_not_asked(tmp_path):
