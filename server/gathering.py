@@ -85,6 +85,8 @@ class Collector:
         """
         strategy, policy = self._plan.strategy, self._plan.config.policy
         terms, samples = self.terms if terms is None else terms, self._federates.samples
+        if round == 0:  # the bootstrap is one epoch for everybody
+            terms = {k: replace(own, epochs=None) for k, own in terms.items()}
         order = Order(
             picks=sorted(picks, key=lambda p: p.client),
             places=arrange(picks, samples, self._cohort),

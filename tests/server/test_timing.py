@@ -178,6 +178,8 @@ def test_epochs_and_batches_of_a_client_are_its_own(tmp_path):
     for k, u in updates.items():
         epochs, batch = {1: (3, 16), 4: (1, 4)}.get(k, (1, 16))
         assert u.steps == epochs * -(-u.samples // batch)
+    for u in server._collect(server._select(1), 0, 1):
+        assert u.steps == -(-u.samples // (4 if u.client == 4 else 16)), "the bootstrap is one epoch"
 
 
 # -- precision ----------------------------------------------------------------------------------------------------
