@@ -206,9 +206,14 @@ class _Crew:
     def run(self) -> Trained:
         """Do the job."""
         with torch.no_grad():
-            sums = self._node(*self._job.run)
+            sums = self._node(*self._job.run) or {}
+            # A sum over clients is finite only if every term is: one look at it admits them all.
+            if not all(bool(torch.isfinite(t.sum())) for t in sums.values()):
+                raise _NotFiniteError
+            if not all(np.isfinite(a).all() for group in self._groups for a in group.report.values()):
+                raise _NotFiniteError
         singles = tuple(sorted(self._singles, key=lambda s: s.place))
-        return Trained(arrays(sums or {}), tuple(self._groups), singles, self._meter.seconds)
+        return Trained(arrays(sums), tuple(self._groups), singles, self._meter.seconds)
 
     def _node(self, start: int, span: int) -> Tensors | None:
         inside = [i for i, place in enumerate(self._job.places) if start <= place < start + span]
@@ -290,10 +295,7 @@ class _Crew:
         return Single(place, reply[0], report, model)
 
     def _sum(self, start: int, span: int, parts: Sequence[tuple[Sequence[int], Outcome]]) -> Tensors:
-        """The node of a run, from its groups; checks that everything is finite.
-
-        A sum over clients is finite only if every term is, so that one look at the sum admits them all.
-        """
+        """The node of a run, from its groups."""
         job = self._job
         weights = torch.tensor(job.weights, dtype=torch.float64, device=self._here.device)
         holders: dict[str, list[tuple[Sequence[int], Tensor]]] = {}
@@ -316,9 +318,6 @@ class _Crew:
             sums[name] = total
         for which, tensors_ in alike.items():
             sums |= tree_sum_rows(tensors_, weights[list(which)])
-        reports = [t for _, outcome in parts for t in outcome.report.values()]
-        if not all(bool(torch.isfinite(t.sum())) for t in [*sums.values(), *reports]):
-            raise _NotFiniteError
         return sums
 
 

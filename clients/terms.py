@@ -58,8 +58,7 @@ def _own_workspace(
         spec = json.dumps(raw, sort_keys=True)
     here = Workspace(spec, root, home)
     if precision is not None:
-        here.dtype = torch.bfloat16
-        here.model.to(here.dtype)
+        here.use(torch.bfloat16)
     return here
 
 

@@ -96,7 +96,8 @@ def train(
     """
     shown = data.only(modalities)
     state = objective.begin(model, shown, broadcast)
-    blocks = set(objective.trained_blocks(blocks_of(model.state_dict()), shown.modalities))
+    tensors = model.state_dict()
+    blocks = set(objective.trained_blocks(blocks_of(tensors), shown.modalities))
     parameters: dict[str, Tensor] = {n: p for n, p in model.named_parameters() if block_of(n) in blocks}
     kept = [n for n in state if n.startswith("kept.")]
     momenta: Tensors = {}
@@ -122,10 +123,8 @@ def train(
                     gradients = objective.combine(each, parameters, seen)
             else:
                 loss, parts = losses[step], len(losses)
-                for p in parameters.values():
-                    p.grad = None
-                loss.backward()  # type: ignore[no-untyped-call]
-                gradients = {n: p.grad for n, p in parameters.items() if p.grad is not None}
+                found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+                gradients = {n: g for n, g in zip(parameters, found, strict=True) if g is not None}
             seen |= {n: t.to(loss.device) for n, t in objective.noise(parameters, noise).items()}
             with torch.no_grad():
                 gradients = objective.edit_gradients(gradients, parameters, seen)
@@ -134,9 +133,9 @@ def train(
             step, steps = step + 1, steps + 1
             if epoch == schedule.epochs - 1:
                 total += loss.detach().to(torch.float64) * len(batch.y)
-    optional = objective.optional_blocks(blocks_of(model.state_dict()), shown.modalities)
+    optional = objective.optional_blocks(blocks_of(tensors), shown.modalities)
     blocks -= {b for b in optional if modality_of(b) not in met}
-    trained = {n: t.detach() for n, t in model.state_dict().items() if block_of(n) in blocks}
+    trained = {n: t for n, t in tensors.items() if block_of(n) in blocks}
     return LocalResult(trained, objective.end(model, shown, state), float(total) / max(len(shown), 1), steps)
 
 

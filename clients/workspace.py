@@ -56,6 +56,7 @@ class Workspace:
         # Channels last: convolutions of a single client are half as fast again on a CPU.
         self.model: MultimodalModel = built.to(self.device, self.dtype)
         self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self._tensors: Tensors = self.model.state_dict()
         self.objective: Objective = build_objective(self.config.objective)
         self.stack, self.why_alone = self._stack()
         self._pools: dict[str, Pool] = {}
@@ -74,6 +75,14 @@ class Workspace:
         if stack.convolutions and self.device.type == "cpu":
             return None, "grouped convolutions are slower than single ones on a CPU"
         return stack, ""
+
+    def use(self, dtype: torch.dtype) -> None:
+        """Train in another number format from now on."""
+        self.dtype = dtype
+        self.model.to(dtype)
+        self._tensors = self.model.state_dict()
+        self._pools.clear()
+        self._data.clear()
 
     def pool(self, split: str) -> Pool:
         """One split of all clients, on the device and in the precision of training."""
@@ -96,7 +105,8 @@ class Workspace:
 
     def load(self, received: Tensors) -> MultimodalModel:
         """The model with received weights; blocks that were not sent keep whatever they held and must not be used."""
-        self.model.load_state_dict(received, strict=False)
+        names = [n for n in received if n in self._tensors]
+        torch._foreach_copy_([self._tensors[n] for n in names], [received[n] for n in names])
         return self.model
 
 

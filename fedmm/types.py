@@ -128,6 +128,7 @@ class ClientData:
         y: Labels, int64 [..., N].
         classes: Number of classes C.
         real: bool [..., N], False in rows that only fill up a stack; None: all are real.
+        whole: Modalities that no sample lacks.
     """
 
     x: Tensors
@@ -135,6 +136,7 @@ class ClientData:
     y: Tensor
     classes: int
     real: Tensor | None = None
+    whole: frozenset[str] = frozenset()
 
     def __len__(self) -> int:
         return int(self.y.shape[-1])
@@ -151,7 +153,7 @@ class ClientData:
         index = index.to(self.y.device)
         return Batch(
             {m: x[index] for m, x in self.x.items()},
-            {m: p[index] for m, p in self.present.items()},
+            Presence({m: p[index] for m, p in self.present.items()}, self.whole),
             self.y[index],
             index,
         )
@@ -164,6 +166,7 @@ class ClientData:
             self.y,
             self.classes,
             self.real,
+            self.whole,
         )
 
 

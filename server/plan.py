@@ -224,4 +224,6 @@ def plan(config: Config) -> Plan:
     dataset = load_dataset(config.data)
     check_modalities(config, objective, selector, dataset.modalities)
     model = build_model(dataset.specs, len(dataset.classes), config.model, config.seed)
+    if config.train.precision == "float64":
+        model = model.double()
     return _with_fleet(Plan(config, client_spec(config), dataset, model, objective, strategy, selector))

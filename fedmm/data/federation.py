@@ -60,6 +60,7 @@ class Pool:
             {m: self.present[m][rows] for m in self.owned[k]},
             self.y[rows],
             self.classes,
+            whole=self.complete.intersection(self.owned[k]),
         )
 
     def to(self, device: torch.device, dtype: torch.dtype) -> Pool:

@@ -46,7 +46,7 @@ from fedmm.engines.grid import (
 from fedmm.errors import RunError
 
 CHUNKS_PER_WORKER = 4
-START_SECONDS = 90.0
+START_SECONDS = 50.0
 DEATHS_BEFORE_ALONE = 2
 DEATHS_BEFORE_ERROR = 3
 FAILED_STARTS = 5

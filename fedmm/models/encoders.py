@@ -92,12 +92,12 @@ def convnet(spec: ModalitySpec, features: int, width: int | None, norm: Norm) ->
     return nn.Sequential(
         nn.Conv2d(channels, width, 3, padding=1),
         _norm(norm, width),
+        nn.MaxPool2d(2),  # before ReLU: the two commute, and a quarter of the values is left
         nn.ReLU(),
-        nn.MaxPool2d(2),
         nn.Conv2d(width, 2 * width, 3, padding=1),
         _norm(norm, 2 * width),
-        nn.ReLU(),
         nn.MaxPool2d(2),
+        nn.ReLU(),
         nn.Flatten(),
         nn.Linear(flat, features),
         _scale(norm, features),
