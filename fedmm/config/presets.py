@@ -37,6 +37,18 @@ PRESETS: dict[str, Preset] = {
         "FedAvg with a proximal term (Li et al., MLSys 2020).",
         {"objective": {"name": "prox", "mu": 0.01}},
     ),
+    "fedadagrad": Preset(
+        "FedAvg with Adagrad on the server (Reddi et al., ICLR 2021).",
+        {"strategy": "fedadagrad"},
+    ),
+    "fedyogi": Preset(
+        "FedAvg with Yogi on the server (Reddi et al., ICLR 2021).",
+        {"strategy": "fedyogi"},
+    ),
+    "fedadam": Preset(
+        "FedAvg with Adam on the server (Reddi et al., ICLR 2021).",
+        {"strategy": "fedadam"},
+    ),
     "fedcmi": Preset(
         "Cross-modal infiltration: two projectors a modality, the dominant modality of the global model teaches.",
         {"objective": "infiltration", "model": {"projector": {"depth": 3}, "unimodal_heads": True}},

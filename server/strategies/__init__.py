@@ -7,10 +7,19 @@ from types import MappingProxyType
 
 from fedmm.config.schema import Plugin
 from fedmm.plugins import build
+from server.strategies.adaptive import FedAdagrad, FedAdam, FedYogi
 from server.strategies.base import FedAvg, Strategy
 from server.strategies.subset import SubsetWeighted
 
-STRATEGIES: Mapping[str, type[Strategy]] = MappingProxyType({"fedavg": FedAvg, "subset": SubsetWeighted})
+STRATEGIES: Mapping[str, type[Strategy]] = MappingProxyType(
+    {
+        "fedavg": FedAvg,
+        "subset": SubsetWeighted,
+        "fedadagrad": FedAdagrad,
+        "fedyogi": FedYogi,
+        "fedadam": FedAdam,
+    }
+)
 
 
 def build_strategy(plugin: Plugin) -> Strategy:
