@@ -49,6 +49,10 @@ PRESETS: dict[str, Preset] = {
         "FedAvg with Adam on the server (Reddi et al., ICLR 2021).",
         {"strategy": "fedadam"},
     ),
+    "fednova": Preset(
+        "FedAvg of normalised updates, for clients that do unequal work (Wang et al., NeurIPS 2020).",
+        {"strategy": "fednova"},
+    ),
     "fedcmi": Preset(
         "Cross-modal infiltration: two projectors a modality, the dominant modality of the global model teaches.",
         {"objective": "infiltration", "model": {"projector": {"depth": 3}, "unimodal_heads": True}},

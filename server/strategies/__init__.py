@@ -9,6 +9,7 @@ from fedmm.config.schema import Plugin
 from fedmm.plugins import build
 from server.strategies.adaptive import FedAdagrad, FedAdam, FedYogi
 from server.strategies.base import FedAvg, Strategy
+from server.strategies.fednova import FedNova
 from server.strategies.subset import SubsetWeighted
 
 STRATEGIES: Mapping[str, type[Strategy]] = MappingProxyType(
@@ -18,6 +19,7 @@ STRATEGIES: Mapping[str, type[Strategy]] = MappingProxyType(
         "fedadagrad": FedAdagrad,
         "fedyogi": FedYogi,
         "fedadam": FedAdam,
+        "fednova": FedNova,
     }
 )
 

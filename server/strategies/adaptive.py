@@ -26,14 +26,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from fedmm.models.blocks import block_of, blocks_of, is_float, modality_of
+from fedmm.models.blocks import block_of, blocks_of, is_float
 from fedmm.models.width import padded
 from fedmm.types import Tensors
 from server.aggregation import Update, blockwise_mean
 from server.knowledge import Federates
-from server.strategies.base import Strategy
-
-_STATISTICS = ("running_mean", "running_var")
+from server.strategies.base import Strategy, is_statistic, owners_of, widened
 
 
 @dataclass(frozen=True)
@@ -65,19 +63,14 @@ class FedAdagrad(Strategy):
     ) -> tuple[Tensors, Tensors]:
         """One step of the server's optimiser on every block that was trained."""
         # In double precision: next to a small tau, the rounding of a mean would be a step.
-        wide = {n: t.to(torch.float64) if is_float(t) else t for n, t in model.items()}
-        mean, after = blockwise_mean(wide, updates, min_owners=min_owners), dict(state)
+        mean, after = blockwise_mean(widened(model), updates, min_owners=min_owners), dict(state)
         result = {n: t.to(model[n].dtype) for n, t in mean.items()}
-        owners: dict[str, list[Update]] = {}
-        for update in updates:
-            for block in update.trained:
-                owners.setdefault(block, []).append(update)
-        moved = {b for b, us in owners.items() if modality_of(b) is None or len(us) >= min_owners}
-        for block in moved:
+        owners = owners_of(updates, min_owners)
+        for block in owners:
             after[f"rounds.{block}"] = state[f"rounds.{block}"] + 1
         for name, old in model.items():
             block = block_of(name)
-            if block not in moved or not _optimised(name, old):
+            if block not in owners or not _optimised(name, old):
                 continue
             before = old, state[f"m.{name}"], state[f"v.{name}"]
             w, m, v = (t.to(torch.float64) for t in before)
@@ -162,7 +155,7 @@ class FedAdam(FedYogi):
 
 
 def _optimised(name: str, tensor: Tensor) -> bool:
-    return is_float(tensor) and not name.endswith(_STATISTICS)
+    return is_float(tensor) and not is_statistic(name)
 
 
 def _held(name: str, whole: Tensor, owners: Sequence[Update]) -> Tensor:

@@ -5,10 +5,13 @@ A strategy never sees an engine or a message: the loop hands it admitted updates
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
+import torch
+
+from fedmm.models.blocks import is_float, modality_of
 from fedmm.types import Tensors
 from server.aggregation import Update, blockwise_mean
 from server.knowledge import Federates
@@ -53,6 +56,30 @@ class Strategy:
             min_owners: Fewest clients that must have trained a modality's block before it moves.
         """
         raise TypeError(f"{type(self).__name__} aggregates nothing")
+
+
+def part_of(updates: Sequence[Update], wanted: Callable[[str], bool]) -> list[Update]:
+    """Updates, each with its model, without the tensors whose names are not wanted."""
+    return [replace(u, model={n: t for n, t in u.model.items() if wanted(n)}) for u in updates]
+
+
+def owners_of(updates: Sequence[Update], min_owners: int) -> dict[str, list[Update]]:
+    """Who trained each block that moves, as `blockwise_mean` has it: enough clients trained it."""
+    found: dict[str, list[Update]] = {}
+    for update in updates:
+        for block in update.trained:
+            found.setdefault(block, []).append(update)
+    return {b: us for b, us in found.items() if modality_of(b) is None or len(us) >= min_owners}
+
+
+def is_statistic(name: str) -> bool:
+    """Whether a tensor holds a normalisation's running statistics: no parameter, although it is averaged."""
+    return name.endswith(("running_mean", "running_var"))
+
+
+def widened(model: Tensors) -> Tensors:
+    """Float tensors in double precision, for means whose rounding would otherwise be amplified."""
+    return {n: t.to(torch.float64) if is_float(t) else t for n, t in model.items()}
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from typing import ClassVar
 from fedmm.models.blocks import block_of, modality_of
 from fedmm.types import Tensors
 from server.aggregation import Update, blockwise_mean
-from server.strategies.base import Strategy
+from server.strategies.base import Strategy, part_of
 
 
 @dataclass(frozen=True)
@@ -37,5 +37,6 @@ class SubsetWeighted(Strategy):
                 # Assigned anew in each epoch, a trained subset may be empty at the end.
                 return max(float(update.report.get(field, update.samples)), 1.0)
 
-            result |= blockwise_mean(part, updates, weight=weight, min_owners=min_owners)
+            mine = part_of(updates, part.__contains__)
+            result |= blockwise_mean(part, mine, weight=weight, min_owners=min_owners)
         return {n: result[n] for n in model}, state

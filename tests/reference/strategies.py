@@ -37,3 +37,24 @@ def adaptive(kind, w, clients, memory, *, eta, tau, beta_1=0.0, beta_2=0.0, corr
             memory[name, i] = m, v
             new[name].append(x + rate * m / (sqrt(v) + tau))
     return new
+
+
+def normalised(w, clients, rho):
+    """FedNova (Wang et al., 2020) on one block; clients: [(n_k, steps, {name: list})]."""
+    if not clients:
+        return w
+    total = sum(n for n, _, _ in clients)
+    effective, new = 0.0, {name: list(values) for name, values in w.items()}
+    lengths = []
+    for n, steps, _ in clients:
+        # a_k step by step: gradient i of tau moves the weights once for each later step, less and less.
+        length = sum(sum(rho**j for j in range(steps - i)) for i in range(steps))
+        lengths.append(length)
+        effective += n / total * length
+    for name, values in w.items():
+        for i, x in enumerate(values):
+            direction = sum(
+                n / total * (x - theirs[name][i]) / a for (n, _, theirs), a in zip(clients, lengths, strict=True)
+            )
+            new[name][i] = x - effective * direction
+    return new

@@ -17,7 +17,7 @@ from fedmm.models.blocks import block_of
 from fedmm.testing.strategy import check_strategy
 from server.aggregation import Update
 from server.knowledge import Federates
-from server.strategies import build_strategy
+from server.strategies import STRATEGIES, build_strategy
 
 SHAPES = {
     "encoder.a.weight": (3, 2),
@@ -39,6 +39,7 @@ RUNS = {
     "fedadagrad": {"strategy__eta": 0.02},
     "fedyogi": {},
     "fedadam": {"strategy__eta": 0.02},
+    "fednova": {},
 }
 
 
@@ -191,29 +192,100 @@ def test_yogi_forgets_large_gradients_slowly():
     assert left["fedyogi"] > 0.99 * left["fedadam"] / 0.99**30
 
 
-def test_running_statistics_take_the_plain_mean():
+@pytest.mark.parametrize("name", ["fedadam", "fednova"])
+def test_running_statistics_take_the_plain_mean(name):
     model = {"encoder.a.norm.running_var": torch.tensor([4.0]), "encoder.a.norm.weight": torch.tensor([4.0])}
-    mine = strategy("fedadam")
-    trained = {n: torch.tensor([1.0]) for n in model}
-    new, state = mine.aggregate(model, [Update(0, 5, ("a",), trained, {}, 0.0, True)], mine.begin(model, FEDERATES), 1)
-    assert new["encoder.a.norm.running_var"].item() == 1.0
-    assert new["encoder.a.norm.weight"].item() != 1.0
+    mine = strategy(name)
+    updates = [
+        Update(k, n, ("a",), {n: torch.tensor([value]) for n in model}, {}, 0.0, True, steps)
+        for k, n, value, steps in ((0, 1, 1.0, 2), (1, 3, 2.0, 20))
+    ]
+    new, state = mine.aggregate(model, updates, mine.begin(model, FEDERATES), 1)
+    assert new["encoder.a.norm.running_var"].item() == 1.75
+    assert abs(new["encoder.a.norm.weight"].item() - 1.75) > 0.1
     assert not any("running" in n for n in state)
 
 
 @pytest.mark.parametrize(
     ("name", "params"),
-    [("fedadam", {"beta_1": 1.0}), ("fedadagrad", {"tau": 0.0}), ("fedyogi", {"eta": -1.0})],
+    [
+        ("fednova", {"momentum": 1.0}),
+        ("fedadam", {"beta_1": 1.0}),
+        ("fedadagrad", {"tau": 0.0}),
+        ("fedyogi", {"eta": -1.0}),
+    ],
 )
 def test_parameters_that_mean_nothing_are_refused(name, params):
     with pytest.raises(ConfigError, match="must be"):
         strategy(name, **params)
 
 
+# FedNova ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.5, 0.9])
+def test_fednova_equals_the_equations(momentum):
+    mine, model = strategy("fednova", momentum=momentum), random_model(0)
+    for round, clients in enumerate(ROUNDS):
+        updates = random_updates(model, round, clients, steps=(3, 1, 10, 7, 2))
+        expected = {}
+        for block in BLOCKS:
+            theirs = [(u.samples, u.steps, numbers(u.model, block)) for u in updates if block in u.trained]
+            expected |= strategies.normalised(numbers(model, block), theirs, momentum)
+        model, _ = mine.aggregate(model, updates, {}, 1)
+        assert_numbers(model, expected)
+
+
+def test_equal_work_is_fedavg():
+    model = random_model(4)
+    updates = random_updates(model, 0, range(5), steps=(6,) * 5)
+    nova, _ = strategy("fednova").aggregate(model, updates, {}, 1)
+    plain, _ = strategy("fedavg").aggregate(model, updates, {}, 1)
+    tiny.assert_close(nova, plain, 1e-12)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_it_ends_where_the_clients_mean_is_and_fedavg_where_the_busiest_client_is(momentum):
+    """Quadratic clients F_k(w) = (w - c_k)^2 / 2 that do unequal work: the paper's objective inconsistency."""
+    centres, steps, samples = (0.0, 1.0, 4.0), (1, 5, 40), (10, 20, 10)
+    lr = 1e-3 * (1 - momentum)
+    truth = sum(n * c for n, c in zip(samples, centres, strict=True)) / sum(samples)
+    ends = {}
+    for name, params in (("fednova", {"momentum": momentum}), ("fedavg", {})):
+        mine, w = strategy(name, **params), {"head.joint.w": torch.zeros(1).double()}
+        for _ in range(800):
+            updates = []
+            for k, (c, tau, n) in enumerate(zip(centres, steps, samples, strict=True)):
+                x, v = w["head.joint.w"], 0.0
+                for _ in range(tau):
+                    v = momentum * v + (x - c)
+                    x = x - lr * v
+                updates.append(Update(k, n, ("a",), {"head.joint.w": x}, {}, 0.0, True, tau))
+            w, _ = mine.aggregate(w, updates, {}, 1)
+        ends[name] = float(w["head.joint.w"])
+    assert ends["fednova"] == pytest.approx(truth, abs=0.05)
+    assert ends["fedavg"] > truth + 1.0
+
+
+def test_steps_that_clients_report_reach_the_mean(tmp_path):
+    """Clients of unequal size do unequal numbers of steps, and the run shows it."""
+    hashes = {m: tiny.run(tmp_path / m, tiny.config(m))["weights_sha256"] for m in ("fednova", "fedavg")}
+    whole = {"train__batch_size": 1000}
+    equal = {m: server_after(tmp_path / f"{m}-equal", tiny.config(m, **whole)) for m in ("fednova", "fedavg")}
+    assert hashes["fednova"] != hashes["fedavg"]
+    tiny.assert_close(equal["fednova"], equal["fedavg"], 1e-6)
+
+
+def server_after(path, config):
+    server = tiny.server(path, config)
+    server.run()
+    return server.model
+
+
 # All -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", [*RUNS])
+@pytest.mark.parametrize("name", STRATEGIES)
 def test_contract(name):
     check_strategy(strategy(name))
 
