@@ -113,7 +113,8 @@ def train_stack(
     count, names = len(members), [m for m in pool.x if m in set(modalities)]
     starts = torch.as_tensor(pool.starts[[m.client for m in members]], device=pool.y.device)
     model = stack.model
-    stack.bind({n: stack.expand(n, t, count) for n, t in received.items()})
+    shared = stack.expand_all(received, count)
+    stack.bind(shared)
     sight = {
         n: stack.expand(n.removeprefix("model."), t, count) if n.startswith("model.") else t.expand(count, *t.shape)
         for n, t in broadcast.items()
@@ -158,7 +159,8 @@ def train_stack(
         meter,
     )
     model.eval()
-    stack.bind({n: stack.expand(n, t, count) for n, t in received.items() if n not in weights} | weights)
+    if requests or type(objective).end is not Objective.end:
+        stack.bind(shared | weights)
     late = [n for n in requests if n not in early]
     for name in late:
         report |= STATISTICS[name](model, _owned(everything(), pool, members[0].client))

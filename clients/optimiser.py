@@ -32,8 +32,9 @@ class StackedSGD:
         self._stack = stack
         self._lr, self._momentum = schedule.lr, schedule.momentum
         self._decay, self._clip = schedule.weight_decay, schedule.clip
-        self._w = {n: stack.expand(n, received[n], count) for n in trained}
-        self._fixed = {n: stack.expand(n, t, count) for n, t in received.items() if n not in self._w}
+        shared = stack.expand_all(received, count)
+        self._w = {n: shared[n] for n in trained}
+        self._fixed = {n: t for n, t in shared.items() if n not in self._w}
         self._v: Tensors = {}
         self._owned: set[str] = set()
         self._count = self._active = count

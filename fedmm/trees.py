@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
+import torch
 from torch import Tensor
 
 from fedmm.types import Tensors
@@ -49,21 +50,16 @@ def tree_sum_rows(rows: Mapping[str, Tensor], weights: Tensor) -> Tensors:
         axes = sorted(range(1, tensor.dim()), key=tensor.stride().__getitem__, reverse=True)
         size = tensor[0].numel()
         if group and width + size > _TOGETHER:
-            sums |= _sum_group(group, width, weights)
+            sums |= _sum_group(group, weights)
             group, width = {}, 0
         group[name] = tensor.permute(0, *axes), axes
         width += size
-    return sums | _sum_group(group, width, weights)
+    return sums | _sum_group(group, weights)
 
 
-def _sum_group(group: Mapping[str, tuple[Tensor, list[int]]], width: int, weights: Tensor) -> Tensors:
+def _sum_group(group: Mapping[str, tuple[Tensor, list[int]]], weights: Tensor) -> Tensors:
     """Sums of tensors [K, ...] side by side in one buffer: few operations, on memory that stays in the cache."""
-    level = weights.new_empty(len(weights), width)
-    start = 0
-    for tensor, _ in group.values():
-        stop = start + tensor[0].numel()
-        level[:, start:stop].view(tensor.shape).copy_(tensor)
-        start = stop
+    level = torch.cat([tensor.reshape(len(weights), -1) for tensor, _ in group.values()], 1).to(torch.float64)
     level.mul_(weights.unsqueeze(1))
     while len(level) > 1:
         pairs = 2 * (len(level) // 2)

@@ -25,6 +25,10 @@ MEASURED_TOGETHER = 64
 """Clients of one measuring job; a power of two, so that jobs cover nodes of the tree of sums."""
 
 JOBS_PER_PROCESS = 4
+"""So that nobody waits long for whoever has the last job; in short rounds a job costs more than that."""
+
+SHORT_ROUND_S = 0.25
+"""Seconds of training a process below which each process gets one job."""
 
 
 @dataclass(frozen=True)
@@ -96,6 +100,7 @@ class Crews:
         self.home = grid.home
         self.cohort = cohort
         self.training = 0.0
+        self._last = 0.0
 
     def hello(self) -> tuple[ReplyHeader, ...] | str:
         """What every client says of itself, or why they cannot."""
@@ -105,7 +110,7 @@ class Crews:
     def train(self, order: Order, model: Tensors, broadcast: Tensors) -> Answers:
         """Have clients train; everything is admitted or refused."""
         by_place = {order.places[p.client]: p for p in order.picks}
-        answers, missing = Answers(), set(by_place)
+        answers, missing, before = Answers(), set(by_place), self.training
         shared = replace(self._shared, model=arrays(model), broadcast=arrays(broadcast))
         for job, result in self._grid.work(self._jobs(order, by_place), shared, timeout=order.deadline):
             missing -= set(job.places)
@@ -114,6 +119,7 @@ class Crews:
                 answers.refusals += [Refusal(k, "error", result.reason) for k in job.clients]
             else:
                 self._take(job, result, by_place, order, answers)
+        self._last = self.training - before
         answers.late = sorted(by_place[p].client for p in missing)
         return answers
 
@@ -121,7 +127,9 @@ class Crews:
         places = sorted(by_place)
         # A retry finds the sums of its run made without it: it must come back by itself.
         each = order.each or order.attempt > 0
-        share = aligned(max(1, -(-(places[-1] + 1) // (JOBS_PER_PROCESS * self._grid.processes))))
+        short = 0 < self._last < SHORT_ROUND_S * self._grid.processes
+        jobs_wanted = self._grid.processes * (1 if short else JOBS_PER_PROCESS)
+        share = aligned(max(1, -(-(places[-1] + 1) // jobs_wanted)))
         span = max(self.cohort, share)
         jobs = []
         for start in range(0, places[-1] + 1, span):

@@ -30,7 +30,8 @@ def arrange(picks: Sequence[Pick], samples: Sequence[int], cohort: int) -> dict[
     """Place of each client in the round's order; places have gaps, as each stack begins at a multiple of `cohort`.
 
     Clients that train the same modalities come together, those with more samples first. The order is cut into an
-    even number of stacks that take about equally long: few large clients make one, many small ones another.
+    even number of stacks that take about equally long: few large clients make one, many small ones another. Stacks
+    are spread over the places so that any half of them is half of the work: processes get aligned runs of places.
 
     Args:
         picks: The round's picks.
@@ -42,12 +43,31 @@ def arrange(picks: Sequence[Pick], samples: Sequence[int], cohort: int) -> dict[
     if cohort > 1:
         stacks = max(stacks, min(2, len(ordered) // _FEW))
         stacks += stacks % 2 if stacks > 1 else 0
-    cuts = _cuts([samples[p.client] for p in ordered], stacks, cohort)
+    sizes = [samples[p.client] for p in ordered]
+    cuts = _cuts(sizes, stacks, cohort)
+    parts = list(zip([0, *cuts], [*cuts, len(ordered)], strict=True))
+    costs = [_STEP * sizes[start] + sum(sizes[start:stop]) for start, stop in parts if stop > start]
     return {
-        pick.client: stack * cohort + i
-        for stack, (start, stop) in enumerate(zip([0, *cuts], [*cuts, len(ordered)], strict=True))
-        for i, pick in enumerate(ordered[start:stop])
+        ordered[i].client: slot * cohort + i - parts[stack][0]
+        for stack, slot in _slots(list(range(len(costs))), costs).items()
+        for i in range(*parts[stack])
     }
+
+
+def _slots(stacks: list[int], costs: Sequence[float], first: int = 0) -> dict[int, int]:
+    """Slot of each stack, such that every half of the slots, and every half of a half, costs about as much."""
+    if len(stacks) < 2:
+        return dict.fromkeys(stacks, first)
+    halves: tuple[list[int], list[int]] = ([], [])
+    room = -(-len(stacks) // 2)
+    for stack in sorted(stacks, key=lambda s: (-costs[s], s)):
+        totals = [sum(costs[s] for s in half) for half in halves]
+        lighter = 0 if totals[0] <= totals[1] else 1
+        halves[lighter if len(halves[lighter]) < room else 1 - lighter].append(stack)
+    # A half with one stack more takes the larger run of slots.
+    halves = halves if len(halves[0]) >= len(halves[1]) else (halves[1], halves[0])
+    middle = first + aligned(len(stacks)) // 2
+    return _slots(halves[0], costs, first) | _slots(halves[1], costs, middle)
 
 
 def _cuts(sizes: Sequence[int], stacks: int, cohort: int) -> list[int]:

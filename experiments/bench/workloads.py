@@ -28,6 +28,9 @@ CLASSES = 10
 HELDOUT = 20
 """Validation and test samples: a data set must have some, but nothing is evaluated here."""
 
+SIGMA = 0.5
+"""Standard deviation of the logarithm of clients' sizes: the largest of a hundred has about three times the mean."""
+
 SHAPES: dict[Family, dict[str, tuple[Kind, tuple[int, ...]]]] = {
     "mlp": {"first": ("vector", (64,)), "second": ("vector", (128,))},
     "cnn": {"first": ("image", (1, 28, 28)), "second": ("spectrogram", (1, 20, 44))},
@@ -90,7 +93,7 @@ class Workload:
                 "name": f"experiments.bench.workloads:{self.family}",
                 "params": {"samples": self.registered * self.samples},
             },
-            "scenario": {"clients": self.registered, "partition": {"name": "quantity", "sigma": 1.0}},
+            "scenario": {"clients": self.registered, "partition": {"name": "quantity", "sigma": SIGMA}},
             "model": {
                 "encoder": ENCODER[self.family],
                 "norm": self.norm,
@@ -146,7 +149,7 @@ ROUNDS = (
     Workload("cnn 20 x 46", "cnn", 20, 46),
 )
 METHODS = tuple(
-    Workload(f"{method} 20 x 33", "mlp", 20, 33, method=method, norm="group")
+    Workload(f"{method} 100 x 33", "mlp", 100, 33, method=method, norm="group")
     for method in ("fedavg", "fedcmi", "cmsfed")
 )
 SAMPLED = tuple(Workload(f"{k} clients", "mlp", k, 33, registered=1000) for k in (10, 30, 100, 300, 1000))

@@ -207,6 +207,7 @@ class Stack:
         self.model = copy.deepcopy(model)
         self.convolutions = any(isinstance(layer, nn.Conv2d) for layer in model.modules())
         self._slots: dict[str, tuple[nn.Module, str]] = {}
+        self._base: tuple[Tensors, Tensors] | None = None
         self._replace(self.model, "")
 
     def _replace(self, module: nn.Module, path: str) -> None:
@@ -235,6 +236,12 @@ class Stack:
         stacked = self._to_stack(name, tensor)
         return stacked.unsqueeze(0).expand(clients, *stacked.shape)
 
+    def expand_all(self, received: Tensors, clients: int) -> Tensors:
+        """`expand` of all tensors of a model; stacks of one round share the model, whose layout changes once."""
+        if self._base is None or self._base[0] is not received:
+            self._base = received, {n: self._to_stack(n, t) for n, t in received.items()}
+        return {n: t.unsqueeze(0).expand(clients, *t.shape) for n, t in self._base[1].items()}
+
     def stack(self, name: str, tensors: Tensor) -> Tensor:
         """Plain tensors [K, *shape] in the stack's layout."""
         if isinstance(self._slots[name][0], Linear):
@@ -246,10 +253,6 @@ class Stack:
         if isinstance(self._slots[name][0], Linear):
             return tensors.transpose(1, 2) if name.endswith("weight") else tensors.squeeze(1)
         return tensors
-
-    def plain_sum(self, name: str, tensor: Tensor) -> Tensor:
-        """One tensor in the stack's layout, without the client axis, in the plain model's layout."""
-        return self.plain(name, tensor.unsqueeze(0)).squeeze(0).contiguous()
 
     def _to_stack(self, name: str, tensor: Tensor) -> Tensor:
         return self.stack(name, tensor.unsqueeze(0)).squeeze(0)

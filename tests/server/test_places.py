@@ -61,5 +61,12 @@ def test_stacks_take_about_equally_long(count, cohort):
     assert max(cost) <= max(1.3 * even, largest_alone)
 
 
-def test_one_by_one_is_in_order_without_gaps():
-    assert arrange(picks(5), [3, 9, 1, 9, 4], 1) == {1: 0, 3: 1, 4: 2, 0: 3, 2: 4}
+@pytest.mark.parametrize("cohort", [1, 16])
+def test_halves_of_the_places_are_halves_of_the_work(cohort):
+    samples = np.random.default_rng(1).lognormal(4, 0.5, 128).astype(int) + 1
+    places = arrange(picks(128), samples, cohort)
+    for parts in (2, 4):
+        work = np.zeros(parts)
+        for client, place in places.items():
+            work[place * parts // (1 << max(places.values()).bit_length())] += samples[client]
+        assert work.max() < 1.15 * work.mean()
