@@ -8,13 +8,15 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install -c .ci/constrain
 SOURCES := pyproject.toml .ci/constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all lint results clean
+.PHONY: help demo test test-all lint bench bench-gpu results clean
 
 help:
 	@echo "make demo      compare FedAvg, FedCMI and CMSFed on real data; the report lies in runs/demo"
 	@echo "make test      run the tests and the linters"
 	@echo "make test-all  run the slow tests too"
 	@echo "make lint      run the linters alone"
+	@echo "make bench     time rounds against a bare loop, Flower and pfl (hours; experiments/results/bench)"
+	@echo "make bench-gpu time stacked clients on a GPU, where there is one"
 	@echo "make results   rebuild experiments/results (hours; can be interrupted and resumed)"
 	@echo "make clean     remove runs, caches and .venv"
 
@@ -34,6 +36,12 @@ lint: .venv/dev.stamp
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+bench: .venv/run.stamp
+	$(BIN)/python -m experiments.bench
+
+bench-gpu: .venv/run.stamp
+	$(BIN)/python -m experiments.bench --gpu
 
 results: .venv/run.stamp
 	$(BIN)/fedmm compare experiments/configs/results.yaml --out runs/results --jobs 2

@@ -1,5 +1,6 @@
 """The acceptance checks of an implementation of FedCMI and CMSFed, numbered; runs go through the real round loop."""
 
+import boosting
 import numpy as np
 import pytest
 import tiny
@@ -215,7 +216,9 @@ def test_6_gradients_of_nan_holes(name, fusion):
     modalities = tiny.names(2)
     objective = OBJECTIVES[name]()
     depth = 2 if "projector" in objective.requires else None
-    model = tiny.model(modalities, depth=depth, fusion=fusion)
+    # Boosted heads come with a fusion of their own.
+    boosted = "boosting" in objective.requires
+    model = boosting.network(modalities) if boosted else tiny.model(modalities, depth=depth, fusion=fusion)
     found = []
     for fill in (float("nan"), 0.0):
         data = tiny.data(modalities, 20, 1, 0.5, fill=fill)
