@@ -114,7 +114,6 @@ def train_stack(
     starts = torch.as_tensor(pool.starts[[m.client for m in members]], device=pool.y.device)
     model = stack.model
     shared = stack.expand_all(received, count)
-    stack.bind(shared)
     sight = {
         n: stack.expand(n.removeprefix("model."), t, count) if n.startswith("model.") else t.expand(count, *t.shape)
         for n, t in broadcast.items()
@@ -129,14 +128,15 @@ def train_stack(
 
     report: Tensors = {}
     early = [n for n in requests if n == "confidence" or round == 0]
+    begins = type(objective).begin is not Objective.begin
+    if early or begins:
+        stack.bind(shared)
     for name in early:
         report |= STATISTICS[name](model, _owned(everything(), pool, members[0].client))
-    begins = type(objective).begin is not Objective.begin
     state = objective.begin(model, everything().only(names), sight) if begins else {}
 
     blocks = set(objective.trained_blocks(blocks_of(received), tuple(names)))
     trained = [n for n in received if block_of(n) in blocks]
-    model.train()
 
     def renew(rows: Tensor) -> Tensors:
         return objective.renew(model, _rows(everything().only(names), rows), {n: t[rows] for n, t in state.items()})
@@ -158,7 +158,6 @@ def train_stack(
         round,
         meter,
     )
-    model.eval()
     if requests or type(objective).end is not Objective.end:
         stack.bind(shared | weights)
     late = [n for n in requests if n not in early]
@@ -220,8 +219,9 @@ def _batches(plan: _Plan, members: Sequence[Member], seed: int, round: int) -> n
     width = _up(int(plan.sizes.max()))
     shape = plan.sizes.shape[1], len(members), max(width, int(plan.batch_size.max()))
     index = np.zeros(shape, dtype=np.int64)
+    generator = torch.Generator()
     for k, member in enumerate(members):
-        generator = seeding.torch_rng(seed, "batches", round, member.client)
+        generator.manual_seed(seeding.derive(seed, "batches", round, member.client))
         n, size, per = int(plan.samples[k]), int(plan.batch_size[k]), int(plan.epoch_steps[k])
         rows = np.zeros(per * size, dtype=np.int64)
         for epoch in range(int(plan.epochs[k])):
