@@ -21,7 +21,7 @@ from fedmm.types import Dataset
 from server.knowledge import KNOWLEDGE
 from server.selection import Selector, build_selector
 from server.selection.uniform import Uniform
-from server.strategies import FedAvg, Strategy, build_strategy
+from server.strategies import FedAvg, FedNova, Strategy, build_strategy
 
 _MODEL_PARTS = {
     "projector": ("model.projector", "{depth: 3}"),
@@ -64,6 +64,12 @@ def check(config: Config) -> tuple[Objective, Strategy, Selector]:
     objective = build_objective(config.objective)
     strategy = build_strategy(config.strategy)
     selector = build_selector(config.selection)
+    if isinstance(strategy, FedNova) and strategy.momentum != config.train.momentum:
+        raise ConfigError(
+            f"{strategy.momentum}, but clients train with momentum {config.train.momentum}",
+            where="strategy.momentum",
+            remedy=f"set strategy.momentum={config.train.momentum}: FedNova divides by what momentum adds to a step",
+        )
     for part in sorted(objective.requires):
         path, value = _MODEL_PARTS[part]
         if not getattr(config.model, part):

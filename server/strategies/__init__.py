@@ -33,4 +33,4 @@ def build_strategy(plugin: Plugin) -> Strategy:
     return build("strategy", plugin, STRATEGIES, Strategy)
 
 
-__all__ = ["STRATEGIES", "FedAvg", "Strategy", "build_strategy"]
+__all__ = ["STRATEGIES", "FedAvg", "FedNova", "Strategy", "build_strategy"]

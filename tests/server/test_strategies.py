@@ -17,6 +17,7 @@ from fedmm.models.blocks import block_of
 from fedmm.testing.strategy import check_strategy
 from server.aggregation import Update
 from server.knowledge import Federates
+from server.plan import check
 from server.strategies import STRATEGIES, build_strategy
 
 SHAPES = {
@@ -307,3 +308,9 @@ def test_learns(tmp_path, method):
     tiny.run(tmp_path, config)
     loss = {r["round"]: r["value"] for r in tiny.rows(tmp_path) if r["split"] == "val" and r["metric"] == "loss"}
     assert loss[6] < 0.9 * loss[1]
+
+
+def test_fednova_knows_the_clients_momentum():
+    with pytest.raises(ConfigError, match=r"strategy\.momentum"):
+        check(tiny.config("fednova", train__momentum=0.5))
+    check(tiny.config("fednova", train__momentum=0.5, strategy__momentum=0.5))
