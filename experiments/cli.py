@@ -179,6 +179,27 @@ def list_(
         console.print(table, "")
 
 
+@app.command("card")
+def card_(
+    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="Method or preset.", show_default=False)] = None,
+) -> None:
+    """Show a method's fidelity card: its equations, what was left open, when it fails; without NAME, list the cards."""
+    from rich.markdown import Markdown
+
+    from experiments.cards import card, line, names
+
+    console = _console()
+    if name is None:
+        table = Table("name", "description", title="cards", title_justify="left", box=None, header_style="bold")
+        for each in names():
+            table.add_row(each, line(each))
+        console.print(table)
+    elif console.is_terminal:
+        console.print(Markdown(card(name)))
+    else:  # what reads from a pipe wants the text
+        typer.echo(card(name), nl=False)
+
+
 @app.command()
 def explain(config: ConfigArgument = None, overrides: OverridesArgument = None) -> None:
     """Show each value of a configuration and where it came from."""
