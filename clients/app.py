@@ -1,7 +1,8 @@
-"""The Flower ClientApp: four messages, each answered as a function of the message and the client's data alone.
+"""The Flower ClientApp: five messages, each answered as a function of the message and the client's data alone.
 
     query            who are you: owned modalities, sample and class counts
     query.statistics sums and counts on one split with the sent model (prototypes, confidence, moments)
+    query.observe    sums for the figures of modality imbalance (`fedmm.metrics.imbalance`)
     train            local training with the run's objective
     evaluate         confusion counts of the sent model on one split
 
@@ -19,6 +20,7 @@ from clients.crew import train_together
 from clients.faults import data_root, faults_mod
 from clients.terms import fitted, local_schedule, workspace_on
 from clients.workspace import Workspace, workspace
+from fedmm.metrics.imbalance import observe
 from fedmm.metrics.local import STATISTICS, evaluate
 from fedmm.types import Tensors
 from fedmm.wire import ReplyHeader, Task, from_record, read_task, reply_content
@@ -64,6 +66,17 @@ def statistics(message: Message, context: Context) -> Message:
     report: Tensors = {}
     for name in task.requests:
         report |= STATISTICS[name](model, data)
+    header = ReplyHeader(task.round, task.client, len(data), modalities=data.modalities)
+    return Message(reply_content(header, report), reply_to=message)
+
+
+@app.query("observe")
+def look(message: Message, context: Context) -> Message:
+    """What the observatory wants to know of the sent model on one split."""
+    task, here = _open(message, context)
+    model = here.load(here.decode(message.content.array_records["model"]))
+    data = here.data(task.client, task.split)
+    report = observe(model, data, task.requests, _broadcast(message, task, here)) if len(data) else {}
     header = ReplyHeader(task.round, task.client, len(data), modalities=data.modalities)
     return Message(reply_content(header, report), reply_to=message)
 

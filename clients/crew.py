@@ -23,7 +23,8 @@ from clients.terms import cast, fitted, local_schedule, workspace_on
 from clients.trainer import train
 from clients.workspace import Workspace, workspace
 from fedmm.engines.allocator import keep_memory
-from fedmm.jobs import Group, Hello, Measure, Measured, Shared, Single, Train, Trained, arrays, tensors
+from fedmm.jobs import Arrays, Group, Hello, Measure, Measured, Observe, Shared, Single, Train, Trained, arrays, tensors
+from fedmm.metrics.imbalance import observe
 from fedmm.metrics.local import STATISTICS, evaluate_samples
 from fedmm.models.blocks import blocks_of, is_float
 from fedmm.models.width import padded
@@ -356,6 +357,13 @@ def _together(here: Workspace, job: Measure) -> ClientData:
     return ClientData(x, present, pool.y[rows], pool.classes)
 
 
+def _observe(job: Observe, shared: Shared, here: Workspace) -> tuple[Arrays, ...]:
+    """What each client observes by itself: the figures of one cannot be told from sums over many."""
+    received, given = _receive(shared, here)
+    model = here.load(received)
+    return tuple(arrays(observe(model, here.data(k, job.split), job.what, given)) for k in job.clients)
+
+
 def _hello(job: Hello, shared: Shared, here: Workspace) -> tuple[ReplyHeader, ...]:
     """What every client says of itself."""
     pools = {split: here.pool(split) for split in SPLITS}
@@ -373,5 +381,5 @@ def _hello(job: Hello, shared: Shared, here: Workspace) -> tuple[ReplyHeader, ..
 
 
 _WORK: Mapping[type, Callable[[Any, Shared, Workspace], Any]] = MappingProxyType(
-    {Hello: _hello, Train: _train, Measure: _measure}
+    {Hello: _hello, Train: _train, Measure: _measure, Observe: _observe}
 )

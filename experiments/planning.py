@@ -267,6 +267,8 @@ def _time_table(found: Forecast) -> Table:
         table.add_row("bootstrap", f"{s.bootstrap:.1f}", "every client once")
     table.add_row("rounds", f"{s.rounds:.1f}", f"{s.round:.3f} each")
     table.add_row("validations", f"{s.evaluations:.1f}", f"{s.evaluation:.3f} each")
+    if s.observations:
+        table.add_row("observations", f"{s.observations:.1f}", f"{s.observation:.3f} each")
     table.add_row("end", f"{s.final:.1f}", "probes, validation, test, files")
     table.add_row("all", f"{s.total:.1f}", str(timedelta(seconds=round(s.total))), style="bold")
     if s.devices is not None:

@@ -18,6 +18,7 @@ import torch
 
 from clients.trainer import LocalSchedule, train
 from clients.workspace import Workspace
+from fedmm.config.observe import ObserveConfig
 from fedmm.config.schema import Config, PartitionConfig, Plugin
 from fedmm.data import load_dataset
 from fedmm.io.files import write_json
@@ -32,6 +33,7 @@ _PLAIN = {
     "objective": Plugin(name="joint"),
     "strategy": Plugin(name="fedavg"),
     "selection": Plugin(name="uniform"),
+    "observe": ObserveConfig(),
 }
 
 

@@ -28,7 +28,7 @@ from fedmm.engines.costs import training_flops
 from fedmm.engines.devices import build_fleet
 from fedmm.engines.grid import WorkingGrid
 from fedmm.io.run_directory import RunDirectory
-from fedmm.jobs import Job, Measure
+from fedmm.jobs import Job, Measure, Observe
 from fedmm.metrics.local import evaluate_samples
 from fedmm.spec import client_spec
 from fedmm.types import SPLITS
@@ -43,6 +43,7 @@ REHEARSAL_S = 10.0
 
 _ROUNDS = 2, 6  # fewest and most of a rehearsal; the first is not like the others
 _SAMPLES = 64
+_PASSES = {"accuracy": 1, "discrepancy": 1, "coalitions": 2, "gradients": 4}  # of an observation, in forward passes
 
 
 @dataclass(frozen=True)
@@ -52,11 +53,13 @@ class Seconds:
     Attributes:
         start: Loading libraries and data, spreading them, starting processes, meeting the clients.
         bootstrap: Round 0, if there is one.
-        rounds: All rounds without evaluations.
+        rounds: All rounds without evaluations and observations.
         evaluations: Validations of rounds.
+        observations: Observations of the observatory.
         final: Probes, validation and test at the end, files, stopping processes.
-        round: A round without evaluation.
+        round: A round without evaluation and observation.
         evaluation: One validation.
+        observation: One observation.
         rehearsed: Whether rounds were run, or only steps timed.
         devices: Simulated seconds of training on the configured devices, if there are any.
     """
@@ -65,16 +68,18 @@ class Seconds:
     bootstrap: float
     rounds: float
     evaluations: float
+    observations: float
     final: float
     round: float
     evaluation: float
+    observation: float
     rehearsed: bool
     devices: float | None = None
 
     @property
     def total(self) -> float:
         """Wall time of the command."""
-        return self.start + self.bootstrap + self.rounds + self.evaluations + self.final
+        return self.start + self.bootstrap + self.rounds + self.evaluations + self.observations + self.final
 
 
 def seconds_of(prepared: Plan, here: Workspace, layout: Verdict, grid: Grid, folder: Path, started: float) -> Seconds:
@@ -113,12 +118,14 @@ class _Watch(Callback):
 
 
 class _TimedGrid:
-    """A grid that also notes how long validations take."""
+    """A grid that also notes how long validations take, and observations with the probes that they need."""
 
     def __init__(self, grid: WorkingGrid) -> None:
         self._grid = grid
         self.crew, self.processes, self.home = grid.crew, grid.processes, grid.home
         self.validations: list[float] = []
+        self.observations: list[float] = []
+        self._probing = 0.0
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._grid, name)
@@ -127,8 +134,14 @@ class _TimedGrid:
         """See `WorkingGrid.work`."""
         began = perf_counter()
         yield from self._grid.work(jobs, shared, timeout=timeout)
-        if isinstance(jobs[0], Measure) and jobs[0].split == "val":
-            self.validations.append(perf_counter() - began)
+        seconds, first = perf_counter() - began, jobs[0]
+        if isinstance(first, Observe):
+            self.observations.append(self._probing + seconds)
+            self._probing = 0.0
+        elif isinstance(first, Measure) and first.request == "moments":
+            self._probing = seconds
+        elif isinstance(first, Measure) and first.split == "val":
+            self.validations.append(seconds)
 
 
 class _Timing:
@@ -146,7 +159,8 @@ class _Timing:
         guess = self._estimate(started)
         fewest, most = _ROUNDS
         spare = REHEARSAL_S - guess.bootstrap - guess.final
-        rounds = min(most, self._config.train.rounds, int(spare / max(guess.round + guess.evaluation, 1e-9)))
+        each = guess.round + guess.evaluation + guess.observation
+        rounds = min(most, self._config.train.rounds, int(spare / max(each, 1e-9)))
         if rounds < min(fewest, self._config.train.rounds) or self._config.engine.name == "flower":
             return guess
         return self._rehearse(started, rounds)
@@ -168,14 +182,20 @@ class _Timing:
         bootstrap = float(np.sum(epoch + statistics)) / together
         looks = {split: look * float(here.pool(split).sizes.sum()) / together for split in SPLITS}
         final = looks["val"] + looks["test"] + (looks["train"] if config.evaluate.probe else 0.0)
+        observation = 0.0
+        if config.observe.every is not None:
+            probing = looks["train"] if config.evaluate.probe and "accuracy" in config.observe.what else 0.0
+            observation = probing + looks[config.observe.split] * sum(_PASSES[kind] for kind in config.observe.what)
         return Seconds(
             started,
             bootstrap if self._bootstraps else 0.0,
             t.rounds * round,
             _evaluations(config) * looks["val"],
+            _observations(config) * observation,
             final,
             round,
             looks["val"],
+            observation,
             rehearsed=False,
         )
 
@@ -186,6 +206,7 @@ class _Timing:
             update={
                 "train": c.train.model_copy(update={"rounds": rounds}),
                 "evaluate": c.evaluate.model_copy(update={"every": 1}),
+                "observe": c.observe.model_copy(update={"every": c.observe.every and 1}),
                 "faults": [],
                 "devices": None,
             }
@@ -198,18 +219,23 @@ class _Timing:
         directory.finish(server.run())
         ended = perf_counter()
         validations = grid.validations[:rounds]
-        bare = [seconds - looked for (_, seconds), looked in zip(watch.rounds, validations, strict=True)]
+        observations = grid.observations or [0.0] * rounds
+        spent = zip(watch.rounds, validations, observations, strict=True)
+        bare = [seconds - looked - observed for (_, seconds), looked, observed in spent]
         usual = float(np.mean(bare[1:])) if rounds > 1 else bare[0]
         look = float(np.mean(validations[1:])) if rounds > 1 else validations[0]
+        observation = float(np.mean(observations[1:])) if rounds > 1 else observations[0]
         first_at, first_seconds = watch.rounds[0]
         return Seconds(
             started,
             max(0.0, first_at - first_seconds - watch.started_at) if self._bootstraps else 0.0,
             bare[0] + (c.train.rounds - 1) * usual,
             validations[0] + (_evaluations(c) - 1) * look,
+            _observations(c) * observation,
             ended - watch.rounds[-1][0],
             usual,
             look,
+            observation,
             rehearsed=True,
         )
 
@@ -217,6 +243,11 @@ class _Timing:
 def _evaluations(config: Config) -> int:
     rounds, every = config.train.rounds, config.evaluate.every
     return rounds // every + (rounds % every > 0)
+
+
+def _observations(config: Config) -> int:
+    rounds = config.train.rounds
+    return sum(config.observe.due(round, rounds) for round in range(1, rounds + 1))
 
 
 def _sample_seconds(here: Workspace) -> float:

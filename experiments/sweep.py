@@ -23,6 +23,7 @@ from experiments.references import reference_runs, simple_references
 from experiments.runner import CLIENT_APP, CREW, check, run
 from experiments.tuning import choices, trials, tuned_cells
 from fedmm.config.load import Cell, expand
+from fedmm.config.observe import ObserveConfig
 from fedmm.config.schema import CompareConfig, Config, EngineConfig, EvaluateConfig
 from fedmm.errors import FedmmError, Interrupted, RunError
 from fedmm.io.files import write_json
@@ -83,7 +84,8 @@ def compare(comparison: CompareConfig, out: Path, *, jobs: int = 1, console: Con
 
 def _cheap(config: Config) -> Config:
     """A trial needs its last validation only."""
-    return config.model_copy(update={"evaluate": EvaluateConfig(every=config.train.rounds, probe=False)})
+    evaluate = EvaluateConfig(every=config.train.rounds, probe=False)
+    return config.model_copy(update={"evaluate": evaluate, "observe": ObserveConfig()})
 
 
 def _jobs(cells: Sequence[Cell], comparison: CompareConfig, out: Path) -> Iterator[Job]:

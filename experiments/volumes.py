@@ -18,11 +18,13 @@ import torch
 from fedmm import seeding
 from fedmm.data.federation import Federation
 from fedmm.metrics.fields import Fields, Sizes, evaluation_fields, statistics_fields
+from fedmm.metrics.imbalance import observe_fields
 from fedmm.models.blocks import block_of, blocks_of, bytes_per_block, serves
 from fedmm.types import Tensors
 from server.aggregation import Update
 from server.facts import Federates
 from server.knowledge import KNOWLEDGE
+from server.observatory import BLOCK, orders
 from server.plan import Plan
 from server.selection import Pick, Situation
 from server.selection.submodular import CMSFed, DivFL
@@ -38,7 +40,7 @@ class Volumes:
 
     Attributes:
         bootstrap: Of round 0, if there is one.
-        rounds: Of each round, evaluations included.
+        rounds: Of each round, evaluations and observations included.
         final: Of probes, validation and test at the end, which no round counts.
         least: Fewest bytes of a run without `final`, (down, up).
         most: Likewise the most.
@@ -91,6 +93,8 @@ def volumes(prepared: Plan, federation: Federation) -> Volumes:
         picks, traffic = ledger.select(round)
         if round % evaluate.every == 0 or round == train.rounds:
             _add(traffic, ledger.measuring("val"))
+        if prepared.config.observe.due(round, train.rounds):
+            _add(traffic, ledger.observation)
         ledger.bound(bounds, picks, traffic, split=ledger.may_split)
         part = ledger.training(picks)
         _add(traffic, part)
@@ -267,14 +271,35 @@ class _Ledger:
                 traffic.add(traffic.up, {"report": _fields_bytes(fields)})
         return self._measured[key]
 
+    @cached_property
+    def observation(self) -> Traffic:
+        """What one observation takes, under the one name that the run counts it as."""
+        config, total = self.plan.config, Traffic()
+        given = orders(config, self.federates.modalities)
+        if "accuracy" in config.observe.what and config.evaluate.probe:
+            _add(total, self.measuring("train", "moments"))
+            given |= self._probes()
+        parcel = Parcel(self.model, given)
+        for k, rows in enumerate(self.federation.indices[config.observe.split]):
+            if len(rows):
+                owned = self.federation.modalities(k, config.observe.split)
+                fields = observe_fields(config.observe.what, owned, self.federates.modalities, self._sizes, given)
+                total.add(total.down, parcel.size(owned))
+                total.add(total.up, {"report": _fields_bytes(fields)})
+        return Traffic({BLOCK: sum(total.down.values())}, {BLOCK: sum(total.up.values())})
+
+    def _probes(self) -> Tensors:
+        """Probes of the shape that they will have."""
+        shape = self._sizes.features + 1, self._sizes.classes
+        shown = {m for k in self.candidates for m in self.federates.owned[k]}
+        return {f"probe.{m}": torch.zeros(shape, dtype=torch.float64) for m in sorted(shown)}
+
     def final(self) -> Traffic:
         """Probes, validation and test with the chosen model."""
         total, probes = Traffic(), Tensors()
         if self.plan.config.evaluate.probe:
             _add(total, self.measuring("train", "moments"))
-            shape = self._sizes.features + 1, self._sizes.classes
-            shown = {m for k in self.candidates for m in self.federates.owned[k]}
-            probes = {f"probe.{m}": torch.zeros(shape, dtype=torch.float64) for m in sorted(shown)}
+            probes = self._probes()
         for split in ("val", "test"):
             _add(total, self.measuring(split, probes=probes))
         return total

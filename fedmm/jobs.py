@@ -173,7 +173,22 @@ class Measured:
     losses: npt.NDArray[np.float64] | None = None
 
 
-Job = Hello | Train | Measure
+@dataclass(frozen=True)
+class Observe:
+    """Have each of some clients observe the model; the result is one report a client, in their order.
+
+    Attributes:
+        split: "train" or "val".
+        clients: Partition indices, ascending.
+        what: Kinds of observation (`fedmm.metrics.imbalance.OBSERVATIONS`).
+    """
+
+    split: str
+    clients: tuple[int, ...]
+    what: tuple[str, ...]
+
+
+Job = Hello | Train | Measure | Observe
 Work = Callable[[Any, Shared], Any]
 """(job, shared) -> result, whatever process it is called in."""
 

@@ -45,7 +45,7 @@ class Task:
         round: Round from 1; 0 is the bootstrap.
         client: Partition index.
         modalities: Modalities to train (train), or to use.
-        requests: Statistics wanted (`fedmm.metrics.local.STATISTICS`).
+        requests: Statistics (`fedmm.metrics.local.STATISTICS`) or observations (`fedmm.metrics.imbalance`) wanted.
         split: Split to measure on (evaluate and query messages).
         epochs: Local epochs (train).
         lr: Local learning rate (train).

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from fedmm.engines.grid import LostJob, WorkingGrid
-from fedmm.jobs import Hello, Measure, Measured, Shared, Single, Train, Trained, arrays, tensors
+from fedmm.jobs import Hello, Measure, Measured, Observe, Shared, Single, Train, Trained, arrays, tensors
 from fedmm.metrics.fields import stacked_fault
 from fedmm.trees import Run, aligned
 from fedmm.types import Tensors
@@ -213,10 +213,7 @@ class Crews:
             None if a job was lost, or a sum is not finite: then messages tell whose fault it is.
         """
         shared = replace(self._shared, model=arrays(model), broadcast=arrays(probes))
-        runs: dict[int, list[int]] = {}
-        for k in clients:
-            runs.setdefault(k // MEASURED_TOGETHER, []).append(k)
-        jobs = [Measure(split, tuple(run), request) for run in runs.values()]
+        jobs = [Measure(split, run, request) for run in _runs(clients)]
         done: dict[tuple[int, ...], Measured] = {}
         for job, result in self._grid.work(jobs, shared, timeout=deadline):
             if isinstance(result, LostJob):
@@ -235,6 +232,38 @@ class Crews:
             for k, loss in zip(run, result.losses, strict=True)
         }
         return merged, losses
+
+    def observe(
+        self,
+        split: str,
+        clients: Sequence[int],
+        model: Tensors,
+        given: Tensors,
+        what: tuple[str, ...],
+        deadline: float | None = None,
+    ) -> dict[int, Tensors] | None:
+        """What each of some clients, sorted, observes on its samples of one split.
+
+        Returns:
+            None if a job was lost: then messages tell whose fault it is.
+        """
+        shared = replace(self._shared, model=arrays(model), broadcast=arrays(given))
+        found: dict[int, Tensors] = {}
+        jobs = [Observe(split, run, what) for run in _runs(clients)]
+        for job, result in self._grid.work(jobs, shared, timeout=deadline):
+            if isinstance(result, LostJob):
+                return None
+            found |= {k: tensors(report) for k, report in zip(job.clients, result, strict=True)}
+            self._on_reply(len(found), len(clients))
+        return {k: found[k] for k in clients} if len(found) == len(clients) else None
+
+
+def _runs(clients: Sequence[int]) -> list[tuple[int, ...]]:
+    """Sorted clients by the job that measures them."""
+    runs: dict[int, list[int]] = {}
+    for k in clients:
+        runs.setdefault(k // MEASURED_TOGETHER, []).append(k)
+    return [tuple(run) for run in runs.values()]
 
 
 def _judge(single: Single, pick: Pick, order: Order) -> Update | Refusal:

@@ -24,10 +24,11 @@ from server.asynchronous import Asynchronous, buffered_mean
 from server.callbacks import Callback, RoundReport
 from server.gathering import Collector, learning_rate, sizes_of
 from server.knowledge import KNOWLEDGE, Knowledge
-from server.measure import figure_rows, figures, fit_probes
+from server.measure import figure_rows, figures, fit_probes, sources
+from server.observatory import Observatory
 from server.places import cohort_size
 from server.plan import Plan
-from server.policy import Event, Policy
+from server.policy import Policy
 from server.selection import Pick, Situation
 from server.session import Parcel, Session
 from server.timing import Timing
@@ -93,6 +94,7 @@ class Server:
             split: {k: sum(h.info["class_counts"][split]) for k, h in hellos.items()}
             for split in ("train", "val", "test")
         }
+        self._observatory = Observatory(self.plan, self.session, self.policy, self.federates, self._sizes)
         for name in sorted(self._wanted()):
             self.knowledge[name] = KNOWLEDGE[name](self.federates)
         self.state = self.plan.strategy.begin(self.model, self.federates)
@@ -156,6 +158,8 @@ class Server:
                 self.timing.validated(validation["accuracy"])
             if validation["accuracy"] > self.best[0] and self.config.evaluate.choose == "best":
                 self.best = (validation["accuracy"], round, self.model)
+        if self.config.observe.due(round, self.config.train.rounds):
+            rows += self._observatory.look(round, self.model, rows)
         return rows + self._traffic_rows(round), validation
 
     def _advance(self, round: int) -> list[Row]:
@@ -229,9 +233,7 @@ class Server:
 
     def _query(self, split: str, round: int, model: Tensors, broadcast: Tensors, request: str | None = None) -> Tensors:
         """Merged sums of all clients that have samples in the split."""
-        clients = [k for k, n in self._sizes[split].items() if n]
-        complete = split != "train" and self.config.scenario.modalities.heldout == "complete"
-        owned = [self.federates.modalities if complete else self.federates.owned[k] for k in clients]
+        clients, owned = sources(self.config.scenario, self.federates, self._sizes[split], split)
 
         def fields(o: tuple[str, ...]) -> Fields:
             if request is None:
@@ -241,10 +243,7 @@ class Server:
         merged, _, bad = self.session.measure(
             split, clients, owned, Parcel(model, broadcast), fields, request, round, self.config.policy.deadline_s
         )
-        for refusal in bad:
-            self.policy.events.append(
-                Event(round, refusal.kind, refusal.client, refusal.reason, f"not in {split} figures")
-            )
+        self.policy.left_out(bad, round, split)
         return merged
 
     def _evaluate(self, model: Tensors, split: str, round: int, probes: Tensors | None = None) -> dict[str, Any]:

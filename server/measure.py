@@ -2,18 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
+from fedmm.config.schema import ScenarioConfig
 from fedmm.errors import RunError
 from fedmm.io.run_directory import Row
 from fedmm.metrics.classification import accuracy, macro_f1
 from fedmm.metrics.local import solve_probe
 from fedmm.types import Tensors
+from server.facts import Federates
 
 _KINDS = ("masked", "head", "probe")
+
+
+def sources(
+    scenario: ScenarioConfig, federates: Federates, sizes: Mapping[int, int], split: str
+) -> tuple[list[int], list[tuple[str, ...]]]:
+    """Clients that have samples in a split, and the modalities that these come with.
+
+    Args:
+        scenario: The run's.
+        federates: Facts of the federation.
+        sizes: Client -> samples in the split.
+        split: Which split.
+    """
+    clients = [k for k, n in sizes.items() if n]
+    complete = split != "train" and scenario.modalities.heldout == "complete"
+    return clients, [federates.modalities if complete else federates.owned[k] for k in clients]
 
 
 def figures(merged: Tensors, modalities: Sequence[str]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from math import ceil
 from typing import Any
@@ -73,6 +74,11 @@ class Policy:
             self.refusals.pop(client)
             reason = f"{self.config.quarantine_after} refusals in a row"
             self.events.append(Event(round, "quarantine", client, reason, f"left out until round {until}"))
+
+    def left_out(self, refusals: Sequence[Refusal], round: int, split: str) -> None:
+        """Record whose reports are missing in the figures of a split."""
+        for r in refusals:
+            self.events.append(Event(round, r.kind, r.client, r.reason, f"not in {split} figures"))
 
     def enough(self, asked: int, used: int, round: int) -> bool:
         """Whether a round's updates may be aggregated.

@@ -7,7 +7,8 @@ file knows which.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from math import prod
 
@@ -235,6 +236,55 @@ class Session:
         good, bad = self._read(replies, [fields(o) for o in owned])
         losses = {h.client: float(r["loss"]) for h, r in good if "loss" in r}
         return merge_reports([report for _, report in good]), losses, bad
+
+    def observe(
+        self,
+        split: str,
+        clients: Sequence[int],
+        owned: Sequence[tuple[str, ...]],
+        parcel: Parcel,
+        fields: Callable[[tuple[str, ...]], Fields],
+        what: tuple[str, ...],
+        round: int,
+        deadline: float | None = None,
+    ) -> tuple[dict[int, Tensors], list[Refusal]]:
+        """What each client observes (`fedmm.metrics.imbalance.observe`), by client, and whose reports are left out.
+
+        Args:
+            split: Which split.
+            clients: Partition indices, ascending.
+            owned: Modalities that each client's samples of the split come with.
+            parcel: Model, probes and permutations.
+            fields: Owned modalities -> what a report must hold.
+            what: Kinds of observation.
+            round: Round.
+            deadline: Seconds to wait.
+        """
+        wanted = {kind: fields(kind) for kind in set(owned)}
+        for kind in wanted:
+            self.traffic.add(self.traffic.down, parcel.size(kind), owned.count(kind))
+        if self.crews is not None:
+            found = self.crews.observe(split, clients, parcel.model, parcel.broadcast, what, deadline)
+            if found is not None:
+                reasons = {k: fault(found[k], wanted[kind]) for k, kind in zip(clients, owned, strict=True)}
+                good = {k: report for k, report in found.items() if reasons[k] is None}
+                self.traffic.add(self.traffic.up, {"report": sum(map(_bytes, good.values()))})
+                return good, [Refusal(k, "report", reason) for k, reason in reasons.items() if reason]
+        tasks = [Task(self._spec, round, k, requests=what, split=split) for k in clients]
+        replies = self._ask("query.observe", tasks, parcel, owned, deadline)
+        read, bad = self._read(replies, [wanted[kind] for kind in owned])
+        return {header.client: report for header, report in read}, bad
+
+    @contextmanager
+    def metered_as(self, block: str) -> Iterator[None]:
+        """Count everything that is sent meanwhile under one name, whatever blocks it belongs to."""
+        outer, self.traffic = self.traffic, Traffic()
+        try:
+            yield
+        finally:
+            inner, self.traffic = self.traffic, outer
+            outer.add(outer.down, {block: sum(inner.down.values())})
+            outer.add(outer.up, {block: sum(inner.up.values())})
 
     def _ask(
         self,

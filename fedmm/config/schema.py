@@ -22,6 +22,7 @@ from pydantic import (
 )
 
 from fedmm.config.devices import DevicesConfig
+from fedmm.config.observe import ObserveConfig
 from fedmm.config.section import Section
 
 
@@ -314,6 +315,7 @@ class Config(Section):
     selection: Plugin = Plugin(name="uniform")
     train: TrainConfig = TrainConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
+    observe: ObserveConfig = ObserveConfig()
     policy: PolicyConfig = PolicyConfig()
     engine: EngineConfig = EngineConfig()
     devices: DevicesConfig | None = None

@@ -280,7 +280,8 @@ def _gradient_sums(model: MultimodalModel, data: ClientData, rows: Tensor) -> di
     """Gradients of the sums of joint and of own losses over `rows`, flat and float64, by modality."""
     encoders = {m: list(model.encoder[m].parameters()) for m in data.modalities}
     parameters = [p for block in encoders.values() for p in block]
-    total = [torch.zeros(sum(p.numel() for p in parameters), dtype=torch.float64) for _ in range(2)]
+    size = sum(p.numel() for p in parameters)
+    total = [torch.zeros(size, dtype=torch.float64, device=rows.device) for _ in range(2)]
     with _evaluating(model), torch.enable_grad():
         for chunk in torch.split(rows, _CHUNK):
             batch = data.batch(chunk)

@@ -72,6 +72,8 @@ def by_round(found):
         ["method=cmsfed", HALF, "train.clients_per_round=8", "selection.theta=.inf"],
         ["method=power-of-choice"],
         ["method=fedavg", "data=cgmnist", "data.samples=300"],
+        ["method=fedavg-aux", "observe.every=2", HALF],
+        ["method=fedavg", "observe.every=1", "observe.split=train", "data.params.modalities=5", HALF],
     ],
     ids=" ".join,
 )

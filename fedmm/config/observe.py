@@ -1,0 +1,34 @@
+"""The `observe` section: how often the observatory of modality imbalance looks at the global model, and at what.
+
+observe: {every: 10, what: [accuracy, coalitions], split: val}
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, PositiveInt
+
+from fedmm.config.section import Section
+
+Observed = Literal["accuracy", "discrepancy", "coalitions", "gradients"]
+
+
+class ObserveConfig(Section):
+    """What all clients observe on the global model (`fedmm.metrics.imbalance`), every `every` rounds and in the last.
+
+    Attributes:
+        every: Rounds between observations; null: never, at no cost.
+        what: accuracy (by own head, with the others masked, and, with `evaluate.probe`, by a linear probe on training
+            features; fairness over clients), discrepancy (OGM's ratio), coalitions (Shapley values; 2^M passes
+            through fusion and heads), gradients (norms and cosines at each encoder; a pass backwards).
+        split: Whose samples. Test data are met once, at the end.
+    """
+
+    every: PositiveInt | None = None
+    what: list[Observed] = Field(default=["accuracy", "discrepancy", "coalitions", "gradients"], min_length=1)
+    split: Literal["train", "val"] = "val"
+
+    def due(self, round: int, rounds: int) -> bool:
+        """Whether a round of a run of `rounds` ends with an observation."""
+        return self.every is not None and (round % self.every == 0 or round == rounds)
