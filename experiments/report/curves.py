@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -30,6 +31,61 @@ COLLAPSED = 0.01
 
 UNITS = (("hours", 3600), ("minutes", 60), ("seconds", 1))
 """Of simulated time; the first of which a run takes two or more is shown."""
+
+
+class Measure(NamedTuple):
+    """One measure of the observatory, as it is shown; `level` is the line of reference."""
+
+    metric: str
+    title: str
+    axis: str
+    scale: float
+    level: float | None
+    caption: str
+
+
+OBSERVED = (
+    Measure(
+        "shapley_accuracy",
+        "Shapley value",
+        "points of accuracy",
+        100,
+        0.0,
+        "What {} adds to the fused accuracy, averaged over the orders in which modalities can join.",
+    ),
+    Measure(
+        "accuracy_probe",
+        "Probe",
+        "accuracy, %",
+        100,
+        None,
+        "Accuracy of a linear probe on the {} encoder's features: what they hold, whatever the heads make of it.",
+    ),
+    Measure(
+        "discrepancy_ratio",
+        "Discrepancy ratio",
+        "ratio",
+        1,
+        1.0,
+        "True-class confidence of {} over the mean of the others' (OGM); 1 is balance.",
+    ),
+    Measure(
+        "gradient_joint",
+        "Gradient norm",
+        "norm",
+        1,
+        0.0,
+        "Norm of the joint loss's gradient at the {} encoder, mean over clients.",
+    ),
+    Measure(
+        "gradient_cosine",
+        "Gradient agreement",
+        "cosine",
+        1,
+        0.0,
+        "Cosine between the joint and the modality's own gradient at the {} encoder; below 0 they are in conflict.",
+    ),
+)
 
 
 def slots(study: Study) -> dict[str, int]:
@@ -173,6 +229,42 @@ def imbalance_curves(study: Study, setting: str, prefix: str) -> list[Picture]:
     return [p for p in pictures if p]
 
 
+def observatory_curves(study: Study, setting: str, prefix: str) -> list[Picture]:
+    """What the observatory saw of each modality over rounds, one picture a measure and modality; none without it."""
+    seen: list[tuple[Measure, str, dict[str, pd.DataFrame]]] = []
+    for measure in OBSERVED:
+        for modality in study.modalities(setting):
+            curves = {m: _observed(study.of(setting, m), modality, measure.metric) for m in study.methods}
+            if any(len(c) for c in curves.values()):
+                seen.append((measure, modality, curves))
+    pictures = []
+    for at, (measure, modality, curves) in enumerate(seen):
+        # One scale for a measure's modalities, the level of reference in it.
+        alike = [c.to_numpy().ravel() for other, _, found in seen if other is measure for c in found.values()]
+        level = [] if measure.level is None else [np.array([measure.level])]
+        values = np.concatenate([*(measure.scale * a for a in alike), *level])
+        picture = _curves(
+            study,
+            curves,
+            f"{prefix}-{at}",
+            f"{measure.title}, {modality}",
+            measure.axis,
+            caption=measure.caption.format(modality),
+            scale=measure.scale,
+            limits=_limits(values, 0.5 if measure.scale > 1 else 0.02),
+            level=measure.level,
+            width=panel_width(len(seen)),
+        )
+        pictures += [picture] if picture else []
+    return pictures
+
+
+def _observed(runs: Sequence[Run], modality: str, metric: str) -> pd.DataFrame:
+    """A figure of the observatory, on validation data or else on training data."""
+    held = series(runs, "val", modality, metric)
+    return held if len(held) else series(runs, "train", modality, metric)
+
+
 def traffic_curves(study: Study, setting: str, prefix: str) -> Picture | None:
     """Fused validation accuracy against the megabytes spent."""
     curves = {m: _accuracy_against(study.of(setting, m), traffic) for m in study.methods}
@@ -283,9 +375,9 @@ def collapsed(run: Run, modality: str) -> bool:
     return bool(len(spread)) and bool(spread[-1] <= COLLAPSED * spread.max())
 
 
-def _limits(values: Array) -> tuple[float, float] | None:
+def _limits(values: Array, margin: float = 0.5) -> tuple[float, float] | None:
     values = values[np.isfinite(values)]
     if not len(values):
         return None
-    pad = max(0.04 * float(values.max() - values.min()), 0.5)
+    pad = max(0.04 * float(values.max() - values.min()), margin)
     return float(values.min()) - pad, float(values.max()) + pad

@@ -1,4 +1,4 @@
-"""Pictures of the federation (who was selected, who holds what) and of the paired differences."""
+"""Pictures of the federation (who was selected, who holds what, whom the model serves) and of paired differences."""
 
 from __future__ import annotations
 
@@ -33,6 +33,9 @@ from experiments.report.svg import (
 
 CROWD = 120
 """Most clients that get a row of their own."""
+
+HEAT, SHADES = ("accuracy", "accuracy_masked"), 10
+"""What a client's row shows, of the fused prediction and of each modality, and in how many steps of colour."""
 
 
 def selection(study: Study, setting: str, prefix: str) -> list[Picture]:
@@ -133,6 +136,67 @@ def _partition(run: Run, counts: Array, names: list[str], modalities: Sequence[s
         f"Seed {run.seed}{part}. Left: owned modalities. Middle: the area of a mark is the number of training samples "
         f"of that class; the largest is {counts.max():.0f}. Right: samples a client.",
     )
+
+
+def heat(study: Study, setting: str, prefix: str) -> list[Picture]:
+    """For each method: accuracy by client and modality in the last observation of the first seed that has one."""
+    modalities = study.modalities(setting)
+    found: dict[str, tuple[Run, pd.DataFrame]] = {}
+    for run in study.of(setting):
+        rows = run.metrics[(run.metrics["scope"] == "client") & (run.metrics["split"] != "test")]
+        rows = rows[rows["metric"].isin([*HEAT, "worst_decile"])]
+        if len(rows):
+            found.setdefault(run.label, (run, rows[rows["round"] == rows["round"].max()]))
+    width = panel_width(len(found))
+    return [
+        _heat(run, rows, ["fused", *modalities], f"{prefix}-{at}", width)
+        for at, (run, rows) in enumerate(found.values())
+    ]
+
+
+def _heat(run: Run, rows: pd.DataFrame, columns: Sequence[str], prefix: str, width: float) -> Picture:
+    round_, everyone = int(rows["round"].iloc[0]), sorted(rows["client"].unique())
+    clients = everyone[:CROWD]
+    place = {k: at for at, k in enumerate(clients)}
+    rows = rows[rows["client"].isin(clients)]
+    cells = rows[rows["metric"].isin(HEAT) & rows["modality"].isin(columns)]
+    worst = rows[rows["metric"] == "worst_decile"]["client"].map(place).to_numpy(np.float64)
+    with style():
+        figure, axes = canvas(width, min(110 + 11 * len(clients), 560))
+        # Paths of a few shades keep the page small; a shade is a tenth of the scale.
+        shades = np.clip(np.ceil(SHADES * cells["value"].to_numpy(np.float64)), 1, SHADES)
+        x = cells["modality"].map({m: at for at, m in enumerate(columns)}).to_numpy(np.float64)
+        y = cells["client"].map(place).to_numpy(np.float64)
+        for column, colour in enumerate([MUTED, *(modality_colour(at) for at in range(len(columns) - 1))]):
+            for shade in range(1, SHADES + 1):
+                here = (x == column) & (shades == shade)
+                size = np.full(int(here.sum()), 0.94)
+                rectangles(axes, x[here], y[here], size, size, colour, shade / SHADES)
+        axes.plot(np.full(len(worst), -0.72), worst, ">", color=MUTED, markersize=4, linestyle="none")
+        axes.set(xlim=(-0.95, len(columns) - 0.4), ylim=(len(clients) - 0.4, -0.6))
+        axes.set_xticks(range(len(columns)), [short(m, 14) for m in columns])
+        step = max(1, -(-len(clients) // 12))
+        axes.set_yticks(range(0, len(clients), step), [str(k) for k in clients[::step]])
+        axes.grid(visible=False)
+        axes.spines[:].set_visible(False)
+        label_axes(axes, "", "client")
+        means = cells.groupby("modality")["value"].mean()
+        told = ", ".join(f"{m} {100 * means[m]:.1f} %" for m in columns if m in means)
+        alt = f"Accuracy by client and modality under {run.label}, seed {run.seed}, round {round_}: mean {told}."
+        svg = to_svg(figure, prefix=prefix, alt=alt)
+    part = f", first {len(clients)} of {len(everyone)} clients" if len(everyone) > len(clients) else ""
+    spread = f" Clients lie between {_extremes(cells)}." if (cells["modality"] == "fused").any() else ""
+    return Picture(
+        svg,
+        run.label,
+        f"Seed {run.seed}, round {round_}{part}: accuracy of the fused prediction, and of each modality with the "
+        f"others masked; full colour is 100 %. Arrows: the tenth of the clients that the model serves worst.{spread}",
+    )
+
+
+def _extremes(cells: pd.DataFrame) -> str:
+    served = cells[cells["modality"] == "fused"]["value"]
+    return f"{100 * served.min():.1f} and {100 * served.max():.1f} %"
 
 
 def differences(study: Study, table: pd.DataFrame, prefix: str) -> Picture | None:

@@ -114,6 +114,8 @@ def _block(study: Study, table: pd.DataFrame, setting: str, prefix: str) -> dict
         ),
         "modalities": curves.modality_curves(study, setting, f"{prefix}-mod"),
         "imbalance": curves.imbalance_curves(study, setting, f"{prefix}-imb"),
+        "observatory": curves.observatory_curves(study, setting, f"{prefix}-obs"),
+        "heat": maps.heat(study, setting, f"{prefix}-heat"),
         "selection": maps.selection(study, setting, f"{prefix}-sel"),
         "partition": _present(maps.partition(study, setting, f"{prefix}-part")),
     }
