@@ -61,7 +61,7 @@ def finished(tmp_path_factory):
 # -- help and lists ---------------------------------------------------------------------------------------------------
 
 COMMANDS = [
-    *["run", "plan", "compare", "report", "list", "explain", "doctor"],
+    *["run", "plan", "compare", "report", "list", "explain", "card", "doctor"],
     *["data", "data build", "data card", "data preview"],
 ]
 

@@ -73,6 +73,7 @@ def test_the_tour(here):
     assert {line.split()[1] for line in TOUR} == {
         "run",
         "plan",
+        "card",
         "compare",
         "report",
         "list",
