@@ -5,7 +5,8 @@ Clients differ in samples and steps: those with more steps come first, so that a
 and no client that has finished; batches are filled up to a common width with rows of weight zero.
 
 On a CPU the widths are multiples of 8: matrix products then sum in the same order whatever the stack, so that a client
-trained alone and in company comes out the same to the last bit (float64 or not). The plain, readable equivalent is
+trained alone and in company comes out the same to the last bit, but for layers of a few numbers, whose products take
+another kernel when they grow. The plain, readable equivalent is
 `clients.trainer`.
 """
 
@@ -25,7 +26,7 @@ from clients.optimiser import StackedSGD
 from clients.trainer import LocalSchedule, gradients_of
 from fedmm import seeding
 from fedmm.data.federation import Pool
-from fedmm.metrics.local import STATISTICS
+from fedmm.metrics.local import STATISTICS, before_training
 from fedmm.models.blocks import block_of, blocks_of
 from fedmm.models.stacked import Stack
 from fedmm.objectives import Objective
@@ -127,7 +128,7 @@ def train_stack(
         return own[0]
 
     report: Tensors = {}
-    early = [n for n in requests if n == "confidence" or round == 0]
+    early = before_training(requests, round)
     begins = type(objective).begin is not Objective.begin
     if early or begins:
         stack.bind(shared)

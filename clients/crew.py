@@ -25,7 +25,7 @@ from clients.workspace import Workspace, workspace
 from fedmm.engines.allocator import keep_memory
 from fedmm.jobs import Arrays, Group, Hello, Measure, Measured, Observe, Shared, Single, Train, Trained, arrays, tensors
 from fedmm.metrics.imbalance import observe
-from fedmm.metrics.local import STATISTICS, evaluate_samples
+from fedmm.metrics.local import STATISTICS, before_training, evaluate_samples
 from fedmm.models.blocks import blocks_of, is_float
 from fedmm.models.width import padded
 from fedmm.trees import add_named, tree_sum, tree_sum_rows
@@ -116,7 +116,7 @@ def _train_alone(
 ) -> Outcome:
     model, data = here.load(received), here.data(member.client, "train")
     report: Tensors = {}
-    early = [n for n in requests if n == "confidence" or round == 0]
+    early = before_training(requests, round)
     for name in early:
         report |= STATISTICS[name](model, data)
     with meter.running():

@@ -58,7 +58,7 @@ def tree_sum_rows(rows: Mapping[str, Tensor], weights: Tensor) -> Tensors:
 
 
 def _sum_group(group: Mapping[str, tuple[Tensor, list[int]]], weights: Tensor) -> Tensors:
-    """Sums of tensors [K, ...] side by side in one buffer: few operations, on memory that stays in the cache."""
+    """Sums of tensors [K, ...] side by side in one buffer, so that few operations do it."""
     level = torch.cat([tensor.reshape(len(weights), -1) for tensor, _ in group.values()], 1).to(torch.float64)
     level.mul_(weights.unsqueeze(1))
     while len(level) > 1:

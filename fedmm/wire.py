@@ -7,7 +7,6 @@ Up:   "model" (trained blocks), "report" (sums and counts), "reply" (a `ReplyHea
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -134,8 +133,3 @@ def read_reply(message: Message) -> tuple[ReplyHeader, Tensors, Tensors]:
     header = ReplyHeader(**raw | {"modalities": tuple(raw["modalities"])})
     model = from_record(content.array_records["model"]) if "model" in content.array_records else {}
     return header, from_record(content.array_records["report"]), model
-
-
-def record_bytes(records: Sequence[ArrayRecord]) -> int:
-    """Payload bytes of array records."""
-    return sum(record.count_bytes() for record in records)

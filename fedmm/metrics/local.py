@@ -5,7 +5,7 @@ All functions run the model in evaluation mode without gradients and leave its m
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from types import MappingProxyType
 from typing import cast
 
@@ -182,3 +182,8 @@ STATISTICS: Mapping[str, Callable[[MultimodalModel, ClientData], Tensors]] = Map
     {"prototypes": prototypes, "confidence": confidence, "moments": moments}
 )
 """Statistics that a server may ask of a client besides its update."""
+
+
+def before_training(requests: Iterable[str], round: int) -> list[str]:
+    """Those that describe the model as received: confidence, and in the bootstrap, which has no other model, all."""
+    return [n for n in requests if n == "confidence" or round == 0]

@@ -1,4 +1,4 @@
-"""AUG: mitigating classification ability disproportion by boosting (Jiang et al., NeurIPS 2025, arXiv 2502.20120).
+"""AUG: mitigating classification ability disproportion by boosting (NeurIPS 2025, arXiv 2502.20120).
 
 The modality that scores worse gets another classifier on its own encoder, boosted on what its others leave undone,
 whenever a gap in confidence is seen. Earlier heads and the encoder go on learning.
