@@ -108,9 +108,8 @@ def train_stack(
         requests: Statistics to report (`fedmm.metrics.local.STATISTICS`).
         meter: Collects the time of training proper.
     """
-    meter = meter or Meter()
     order, plan = _schedule(members, pool.sizes[[m.client for m in members]])
-    members = [members[i] for i in order]
+    members, meter = [members[i] for i in order], meter or Meter()
     count, names = len(members), [m for m in pool.x if m in set(modalities)]
     starts = torch.as_tensor(pool.starts[[m.client for m in members]], device=pool.y.device)
     model = stack.model
