@@ -215,18 +215,21 @@ def _schedule(members: Sequence[Member], samples: Counts) -> tuple[Counts, _Plan
 
 def _batches(plan: _Plan, members: Sequence[Member], seed: int, round: int) -> npt.NDArray[np.int64]:
     """Row of each client's data for every step and place, [S, K, B]; the draws of `Objective.batches`."""
-    width = _up(int(plan.sizes.max()))
-    shape = plan.sizes.shape[1], len(members), max(width, int(plan.batch_size.max()))
-    index = np.zeros(shape, dtype=np.int64)
     generator = torch.Generator()
-    for k, member in enumerate(members):
+    draws = []
+    for member, n, epochs in zip(members, plan.samples.tolist(), plan.epochs.tolist(), strict=True):
         generator.manual_seed(seeding.derive(seed, "batches", round, member.client))
-        n, size, per = int(plan.samples[k]), int(plan.batch_size[k]), int(plan.epoch_steps[k])
-        rows = np.zeros(per * size, dtype=np.int64)
-        for epoch in range(int(plan.epochs[k])):
-            rows[:n] = torch.randperm(n, generator=generator).numpy()
-            index[epoch * per : (epoch + 1) * per, k, :size] = rows.reshape(per, size)
-    return index[:, :, :width]
+        draws += [torch.randperm(n, generator=generator) for _ in range(epochs)]
+    # Where each drawn row goes: client, epoch, and its number in the epoch.
+    client = np.repeat(np.arange(len(members)), plan.epochs)
+    epoch = np.arange(len(client)) - np.repeat(np.cumsum(plan.epochs) - plan.epochs, plan.epochs)
+    count = plan.samples[client]
+    number = np.arange(int(count.sum())) - np.repeat(np.cumsum(count) - count, count)
+    client, epoch = np.repeat(client, count), np.repeat(epoch, count)
+    step, place = np.divmod(number, plan.batch_size[client])
+    index = np.zeros((plan.sizes.shape[1], len(members), _up(int(plan.sizes.max()))), dtype=np.int64)
+    index[epoch * plan.epoch_steps[client] + step, client, place] = torch.cat(draws).numpy()
+    return index
 
 
 def _train(
@@ -255,9 +258,10 @@ def _train(
     sizes = torch.as_tensor(plan.sizes.T, device=device)
     stretch = max(1, _GATHERED // (pool.sample_bytes(modalities) * rows[0].numel()))
     active_at = (plan.steps[:, None] > np.arange(len(rows))).sum(0)
-    widths = [_up(int(plan.sizes[:, step].max())) for step in range(len(rows))]
+    widths = [_up(n) for n in plan.sizes.max(0).tolist()]
     last = np.arange(len(rows))[:, None] >= (plan.steps - plan.epoch_steps)[None, :]
-    counted = torch.as_tensor(plan.sizes.T * last, device=device).to(torch.float64)
+    counted = torch.as_tensor(plan.sizes.T * last, device=device).to(torch.float64).unbind(0)
+    counts_at = last.any(1).tolist()
     dtype = next(iter(received.values())).dtype
     noisy = type(objective).noise is not Objective.noise
     generators = [seeding.torch_rng(seed, "noise", round, m.client) for m in members] if noisy else []
@@ -274,6 +278,7 @@ def _train(
             active = now
             mine = {n: t[:active] for n, t in state.items()}
             optimiser.narrow(active)
+            ones = torch.ones(active, dtype=dtype, device=device)
         if renew is not None and (begun := np.flatnonzero(step % plan.epoch_steps[:active] == 0)).size and step:
             which = torch.as_tensor(begun, device=device)
             optimiser.show(which)
@@ -295,7 +300,7 @@ def _train(
                         gradients = objective.combine(each, parameters, seen)
                 else:
                     loss, parts = losses[part], len(losses)
-                    found = torch.autograd.grad(loss.sum(), list(parameters.values()), allow_unused=True)
+                    found = torch.autograd.grad(loss, list(parameters.values()), ones, allow_unused=True)
                     gradients = {n: g for n, g in zip(parameters, found, strict=True) if g is not None}
                 if noisy:
                     seen |= _noise(stack, objective, parameters, generators[:active])
@@ -305,31 +310,46 @@ def _train(
             for n in kept:
                 mine[n] = seen[n].detach()
                 state[n] = mine[n] if active == count else torch.cat([mine[n], state[n][active:]])
-            total[:active] += loss.detach().to(torch.float64) * counted[step, :active]
+            if counts_at[step]:
+                total[:active].addcmul_(loss.detach().to(torch.float64), counted[step][:active])
             part += 1
     return optimiser.weights(), total.cpu(), parts
 
 
-@dataclass(frozen=True)
 class _Feed:
-    """The batches of a stretch of steps, gathered at once: [S, K, B, ...] each."""
+    """The batches of a stretch of steps.
 
-    x: Tensors
-    present: Tensors
-    y: Tensor
-    index: Tensor
-    weight: Tensor
-    whole: frozenset[str]
+    Args:
+        x, present, y, index, weight: Gathered samples, [S, K, B, ...] each.
+        whole: Modalities that every sample has.
+    """
+
+    def __init__(
+        self, x: Tensors, present: Tensors, y: Tensor, index: Tensor, weight: Tensor, whole: frozenset[str]
+    ) -> None:
+        self._shape = index.shape[1:]
+        self._x = {m: t.unbind(0) for m, t in x.items()}
+        self._present = {m: t.unbind(0) for m, t in present.items()}
+        self._y, self._index, self._weight = y.unbind(0), index.unbind(0), weight.unbind(0)
+        self._whole = whole
 
     def batch(self, step: int, active: int, width: int) -> Batch:
         """The first clients' batch of one step."""
-        present = {m: p[step, :active, :width] for m, p in self.present.items()}
+        if (active, width) == self._shape:
+
+            def part(steps: Sequence[Tensor]) -> Tensor:
+                return steps[step]
+        else:
+
+            def part(steps: Sequence[Tensor]) -> Tensor:
+                return steps[step][:active, :width]
+
         return Batch(
-            {m: x[step, :active, :width] for m, x in self.x.items()},
-            Presence(present, self.whole),
-            self.y[step, :active, :width],
-            self.index[step, :active, :width],
-            self.weight[step, :active, :width],
+            {m: part(x) for m, x in self._x.items()},
+            Presence({m: part(p) for m, p in self._present.items()}, self._whole),
+            part(self._y),
+            part(self._index),
+            part(self._weight),
         )
 
 

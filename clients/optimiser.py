@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -13,6 +14,19 @@ from fedmm.types import Tensors
 
 _VECTOR = 64
 """Numbers that the fused kernel handles at a time: only whole vectors round alike in a stack of any size."""
+
+
+@dataclass(frozen=True)
+class _Moving:
+    """Weights and momenta that a step moves, made once for steps of the same clients and tensors."""
+
+    names: tuple[str, ...]
+    fused: list[str]
+    fused_w: list[Tensor]
+    fused_v: list[Tensor]
+    others: list[str]
+    others_w: list[Tensor]
+    others_v: list[Tensor]
 
 
 class StackedSGD:
@@ -39,10 +53,11 @@ class StackedSGD:
         self._owned: set[str] = set()
         self._count = self._active = count
         self._bound: Tensors | None = None
+        self._moving: _Moving | None = None
 
     def narrow(self, active: int) -> None:
         """Go on with the first `active` clients."""
-        self._active, self._bound = active, None
+        self._active, self._bound, self._moving = active, None, None
         self._stack.bind({n: w[:active] for n, w in self._fixed.items()})
 
     def show(self, rows: Tensor) -> None:
@@ -66,21 +81,22 @@ class StackedSGD:
             norm = torch.stack([t.flatten(1).square().sum(1) for t in g.values()]).sum(0).sqrt()
             scale = torch.clamp(self._clip / (norm + 1e-6), max=1.0)
             g = {n: t * scale.reshape(-1, *[1] * (t.dim() - 1)) for n, t in g.items()}
-        fresh = {n: t for n, t in g.items() if n not in self._owned}
-        if fresh:
+        if not self._owned.issuperset(g):
+            fresh = {n: t for n, t in g.items() if n not in self._owned}
             self._diverge(fresh)
             g = {n: t for n, t in g.items() if n not in fresh}
         if not g:
             return
-        fused = [n for n, t in g.items() if self._momentum and t[0].numel() % _VECTOR == 0]
-        others = [n for n in g if n not in set(fused)]
-        if fused:
+        if self._moving is None or self._moving.names != tuple(g):
+            self._moving = self._rows(tuple(g))
+        rows = self._moving
+        if rows.fused:
             # One pass over weights, gradients and momenta instead of three. Contiguous tensors only: on others this
             # kernel writes to memory that is not theirs.
             torch._fused_sgd_(
-                self._rows(self._w, fused),
-                [g[n] for n in fused],
-                self._rows(self._v, fused),
+                rows.fused_w,
+                [g[n] for n in rows.fused],
+                rows.fused_v,
                 weight_decay=self._decay,
                 momentum=self._momentum,
                 lr=self._lr,
@@ -89,20 +105,33 @@ class StackedSGD:
                 maximize=False,
                 is_first_step=False,
             )
-        if others:
-            w, update = self._rows(self._w, others), [g[n] for n in others]
+        if rows.others:
+            update = [g[n] for n in rows.others]
             if self._decay:
-                update = list(torch._foreach_add(update, w, alpha=self._decay))
+                update = list(torch._foreach_add(update, rows.others_w, alpha=self._decay))
             if self._momentum:
-                v = self._rows(self._v, others)
-                torch._foreach_mul_(v, self._momentum)
-                torch._foreach_add_(v, update)
-                update = v
-            torch._foreach_add_(w, update, alpha=-self._lr)
+                torch._foreach_mul_(rows.others_v, self._momentum)
+                torch._foreach_add_(rows.others_v, update)
+                update = rows.others_v
+            torch._foreach_add_(rows.others_w, update, alpha=-self._lr)
 
-    def _rows(self, tensors: Tensors, names: Sequence[str]) -> list[Tensor]:
+    def _rows(self, names: tuple[str, ...]) -> _Moving:
         """The active clients' part of tensors: contiguous, as clients come first."""
-        return [tensors[n][: self._active] for n in names]
+        fused = [n for n in names if self._momentum and self._w[n][0].numel() % _VECTOR == 0]
+        others = [n for n in names if n not in set(fused)]
+
+        def active(tensors: Tensors, which: list[str]) -> list[Tensor]:
+            return [tensors[n][: self._active] for n in which]
+
+        return _Moving(
+            names,
+            fused,
+            active(self._w, fused),
+            active(self._v, fused),
+            others,
+            active(self._w, others),
+            active(self._v, others) if self._momentum else [],
+        )
 
     def _diverge(self, gradients: Tensors) -> None:
         """The first step of some tensors: each client gets its own copy, and v <- g."""
@@ -121,4 +150,4 @@ class StackedSGD:
                     self._v[n] = update.clone() if update.data_ptr() in met else update
                     met.add(self._v[n].data_ptr())
         self._owned |= set(gradients)
-        self._bound = None
+        self._bound = self._moving = None

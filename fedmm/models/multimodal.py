@@ -87,13 +87,15 @@ class MultimodalModel(nn.Module):
 
     def decide(self, features: Tensors, present: Tensors) -> Outputs:
         """Fused and own-head logits [..., B, C] from encoder features; modalities without features count as absent."""
-        mask = {m: present[m].unsqueeze(-1).to(h.dtype) for m, h in features.items()}
+        mask, everywhere = self._masks(features, present)
         own: Tensors = dict(features)
         infiltration: Tensors = {}
         if self.projector:
             pairs = {m: cast(nn.ModuleDict, self.projector[m]) for m in features}
-            own = {m: mask[m] * pairs[m]["self"](h) for m, h in features.items()}
-            infiltration = {m: mask[m] * pairs[m]["infiltration"](h) for m, h in features.items()}
+            own = {m: pairs[m]["self"](h) for m, h in features.items()}
+            infiltration = {m: pairs[m]["infiltration"](h) for m, h in features.items()}
+            if not everywhere:
+                own, infiltration = ({m: mask[m] * z for m, z in each.items()} for each in (own, infiltration))
         heads = {m: self._own(m, z) for m, z in own.items() if m in self.head}
         logits = self._mean(heads, mask) if self.late else self.head["joint"](self._fuse(own, infiltration, mask))
         return Outputs(logits, features, heads, {m: self._own(m, z) for m, z in infiltration.items() if m in self.head})
@@ -101,6 +103,13 @@ class MultimodalModel(nn.Module):
     def forward(self, x: Tensors, present: Tensors) -> Outputs:
         """Logits and features of a batch; see `Batch` for shapes."""
         return self.decide(self.encode(x, present), present)
+
+    def _masks(self, features: Tensors, present: Tensors) -> tuple[Tensors, bool]:
+        """Presence [..., B, 1] of each modality that has features, and whether no sample lacks one: then ones [1]."""
+        some = next(iter(features.values()))
+        if isinstance(present, Presence) and present.whole.issuperset(features):
+            return dict.fromkeys(features, some.new_ones(1)), True
+        return {m: present[m].unsqueeze(-1).to(h.dtype) for m, h in features.items()}, False
 
     def _own(self, modality: str, z: Tensor) -> Tensor:
         head = self.head[modality]
@@ -114,17 +123,19 @@ class MultimodalModel(nn.Module):
         return mean.clamp(min=1e-12).log() if probabilities else mean
 
     def _fuse(self, own: Tensors, infiltration: Tensors, mask: Tensors) -> Tensor:
-        some = next(iter(own.values()))
-        nothing, absent = torch.zeros_like(some), torch.zeros_like(some[..., :1])
-        mask = {m: mask.get(m, absent) for m in self.modalities}
-        parts = {m: own.get(m, nothing) for m in self.modalities}
+        parts = own
+        if len(own) < len(self.modalities):
+            some = next(iter(own.values()))
+            nothing, absent = torch.zeros_like(some), torch.zeros_like(some[..., :1])
+            parts = {m: own.get(m, nothing) for m in self.modalities}
+            mask = {m: mask.get(m, absent) for m in self.modalities}
         # A client that owns everything has no hole to fill unless single samples lack something: then the
         # masks below decide, so that no branch depends on data.
         if infiltration and self.fill == "infiltration":
             count = torch.stack([mask[m] for m in infiltration]).sum(0).clamp(min=1)
             stand_in = torch.stack(list(infiltration.values())).sum(0) / count
             parts = {m: z + (1 - mask[m]) * stand_in for m, z in parts.items()}
-            mask = dict.fromkeys(mask, torch.ones_like(absent))
+            mask = dict.fromkeys(mask, stand_in.new_ones(1))
         return cast(Tensor, self.fusion(parts, mask))
 
 
