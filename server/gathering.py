@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
+import numpy as np
+
 from fedmm.config.schema import TrainConfig
 from fedmm.metrics.fields import Sizes, statistics_fields
 from fedmm.models import blocks_of
 from fedmm.models.blocks import block_of, serves
 from fedmm.models.width import corner
 from fedmm.objectives.watched import METHOD, watched
+from fedmm.trees import leaf_span
 from fedmm.types import Tensors
 from fedmm.wire import Terms
 from server.admission import Expected
@@ -35,6 +38,18 @@ def sizes_of(plan: Plan) -> Sizes:
     """What the shapes of reports depend on."""
     model = plan.config.model
     return Sizes(len(plan.dataset.classes), model.features, model.unimodal_heads)
+
+
+class _Parameters(dict[tuple[str, ...], int]):
+    """Modalities -> numbers of the model that serve them, counted when first asked for."""
+
+    def __init__(self, model: Tensors) -> None:
+        super().__init__()
+        self._model = model
+
+    def __missing__(self, modalities: tuple[str, ...]) -> int:
+        self[modalities] = sum(t.numel() for n, t in self._model.items() if serves(n, modalities))
+        return self[modalities]
 
 
 class Collector:
@@ -62,6 +77,7 @@ class Collector:
         self._requests = tuple(sorted({r for k in knowledge.values() for r in k.requests}))
         self._deltas = min((k.deltas for k in knowledge.values() if k.deltas is not None), key=len, default=None)
         self._cohort = cohort_size(plan.config)
+        self._parameters = _Parameters(plan.model.state_dict())
         self.terms = terms
 
     def collect(
@@ -89,12 +105,17 @@ class Collector:
         terms, samples = self.terms if terms is None else terms, self._federates.samples
         if round == 0:  # the bootstrap is one epoch for everybody
             terms = {k: replace(own, epochs=None) for k, own in terms.items()}
+        picks = sorted(picks, key=lambda p: p.client)
+        own = [terms.get(p.client, Terms()) for p in picks] if terms else [Terms()] * len(picks)
+        passes = np.array([t.epochs or epochs for t in own], dtype=np.int64)
+        batch = np.array([t.batch_size or train.batch_size for t in own], dtype=np.int64)
+        sizes = np.array([samples[p.client] for p in picks], dtype=np.int64)
+        steps = passes * -(-sizes // batch)
         order = Order(
-            picks=sorted(picks, key=lambda p: p.client),
-            places=arrange(picks, samples, self._cohort),
+            picks=picks,
+            places=arrange(picks, steps, passes * sizes, self._parameters, self._cohort),
             weights={
-                p.client: strategy.weight(samples[p.client], self._steps(p.client, epochs, terms.get(p.client)))
-                for p in picks
+                p.client: strategy.weight(n, s) for p, n, s in zip(picks, sizes.tolist(), steps.tolist(), strict=True)
             },
             round=round,
             attempt=0,
@@ -107,6 +128,7 @@ class Collector:
             samples=samples,
             deadline=policy.deadline_s,
             terms=terms,
+            leaf=leaf_span(sum(t.numel() for t in parcel.model.values()), self._cohort),
         )
         whole = Answers()
         while order.picks:
@@ -120,7 +142,8 @@ class Collector:
             whole.sums |= answers.sums
             whole.changes += answers.changes
             order = replace(order, picks=[p for p in order.picks if p.client in again], attempt=order.attempt + 1)
-        return Gathered(tuple(sorted(whole.updates, key=lambda u: u.client)), whole.sums, tuple(whole.changes))
+        updates = tuple(sorted(whole.updates, key=lambda u: u.client))
+        return Gathered(updates, whole.sums, tuple(whole.changes), order.leaf)
 
     def expectations(self, model: Tensors, *, watch: bool = False) -> Callable[[Pick], Expected]:
         """What the reply of each picked client must hold; the same for clients that own and train the same."""
@@ -150,8 +173,3 @@ class Collector:
     def terms_of(self, client: int) -> Terms:
         """A client's own terms."""
         return self.terms.get(client, Terms())
-
-    def _steps(self, client: int, epochs: int, terms: Terms | None) -> int:
-        """Optimiser steps of a client that owns samples."""
-        own, train = terms or Terms(), self._plan.config.train
-        return (own.epochs or epochs) * -(-self._federates.samples[client] // (own.batch_size or train.batch_size))

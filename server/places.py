@@ -1,22 +1,42 @@
 """The order of a round's clients: which ones share a stack, and in which order their models are added.
 
-It follows from the picks, the clients' sizes and the configured stack size alone, never from the number of workers or
-from timing, so that every engine adds up the same tree.
+It follows from the picks, their work and the configured stack size alone, never from the number of workers or from
+timing, so that every engine adds up the same tree.
+
+    cost of a stack = STEP max_k s_k + sum_k P_k (CLIENT_STEP s_k + n_k + CLIENT)
+
+over its clients k, which take s_k optimiser steps over n_k samples (epochs counted) and train P_k numbers each.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
+from itertools import accumulate
+
+import numpy as np
+import numpy.typing as npt
 
 from fedmm.config.schema import Config
 from fedmm.trees import aligned
 from server.selection import Pick
 
-_STEP = 4.0
-"""What a step costs whatever the number of clients in it, in units of what one client adds (measured on a CPU)."""
+_STEP = 10e6
+"""What a step costs whatever the number of clients in it, in units of a sample's pass through one parameter; this and
+the next two are measured on a CPU."""
+
+_CLIENT_STEP = 20.0
+"""What a client adds to a step besides its samples, chiefly the update of its weights, in samples."""
+
+_CLIENT = 50.0
+"""What a client costs besides its steps, chiefly its place in the sums, in samples."""
 
 _FEW = 4
 """A stack for fewer clients is not worth a second process."""
+
+_HALVINGS = 16
+
+Counts = npt.NDArray[np.int64]
 
 
 def cohort_size(config: Config) -> int:
@@ -26,66 +46,121 @@ def cohort_size(config: Config) -> int:
     return min(config.engine.cohort_size, aligned(config.train.clients_per_round))
 
 
-def arrange(picks: Sequence[Pick], samples: Sequence[int], cohort: int) -> dict[int, int]:
+def arrange(
+    picks: Sequence[Pick],
+    steps: Counts,
+    samples: Counts,
+    parameters: Mapping[tuple[str, ...], int],
+    cohort: int,
+) -> dict[int, int]:
     """Place of each client in the round's order; places have gaps, as each stack begins at a multiple of `cohort`.
 
-    Clients that train the same modalities come together, those with more samples first. The order is cut into an
-    even number of stacks that take about equally long: few large clients make one, many small ones another. Stacks
-    are spread over the places so that any half of them is half of the work: processes get aligned runs of places.
+    Clients that train the same modalities come together, those with more steps first, and only they share a stack.
+    The order is cut into an even number of stacks that take about equally long: few large clients make one, many
+    small ones another. Stacks are spread over the places so that any half of them is half of the work: processes get
+    aligned runs of places.
 
     Args:
         picks: The round's picks.
-        samples: n_k of every client.
+        steps: Optimiser steps of each.
+        samples: Samples that each passes over, all epochs together.
+        parameters: Numbers of the model that clients train, by their modalities.
         cohort: Most clients in a stack, a power of two.
     """
-    ordered = sorted(picks, key=lambda p: (p.modalities, -samples[p.client], p.client))
-    stacks = -(-len(ordered) // cohort)
+    if not picks:
+        return {}
+    kinds = sorted({p.modalities for p in picks})
+    kind = np.array([kinds.index(p.modalities) for p in picks])
+    clients = np.array([p.client for p in picks])
+    order = np.lexsort((clients, -samples, -steps, kind))
+    kind, steps = kind[order], steps[order]
+    own = np.array([parameters[k] for k in kinds])[kind] * (_CLIENT_STEP * steps + samples[order] + _CLIENT)
+    ends = np.searchsorted(kind, np.arange(len(kinds)), side="right")
+    line = _Line(
+        (_STEP * steps).tolist(),
+        list(accumulate(own.tolist(), initial=0.0)),
+        np.minimum(np.arange(len(order)) + cohort, ends[kind]).tolist(),
+    )
+    stacks = int((-(-np.diff(ends, prepend=0) // cohort)).sum())
+    counts = [stacks]
     if cohort > 1:
-        stacks = max(stacks, min(2, len(ordered) // _FEW))
+        stacks = max(stacks, min(2, len(picks) // _FEW))
         stacks += stacks % 2 if stacks > 1 else 0
-    sizes = [samples[p.client] for p in ordered]
-    cuts = _cuts(sizes, stacks, cohort)
-    parts = list(zip([0, *cuts], [*cuts, len(ordered)], strict=True))
-    costs = [_STEP * sizes[start] + sum(sizes[start:stop]) for start, stop in parts if stop > start]
+        # A full stack cannot take what would make it as long as the others: two more may be worth their steps.
+        counts = [stacks] if stacks == 1 else [stacks, stacks + 2]
+    tried = [line.cut(count) for count in counts]
+    parts = min(tried, key=lambda found: (line.longer_half(found), len(found)))
+    slots = _slots(list(range(len(parts))), line.costs(parts))
+    there = clients[order].tolist()
     return {
-        ordered[i].client: slot * cohort + i - parts[stack][0]
-        for stack, slot in _slots(list(range(len(costs))), costs).items()
-        for i in range(*parts[stack])
+        there[i]: slot * cohort + i - parts[stack][0] for stack, slot in slots.items() for i in range(*parts[stack])
     }
 
 
-def _slots(stacks: list[int], costs: Sequence[float], first: int = 0) -> dict[int, int]:
+Part = tuple[int, int]
+
+
+class _Line:
+    """Clients in order, to be cut into stacks.
+
+    Args:
+        lead: What the steps of a stack cost that begins with this client.
+        totals: What all clients before this one cost by themselves; one entry more than clients.
+        reach: Where a stack that begins with this client must end at the latest.
+    """
+
+    def __init__(self, lead: Sequence[float], totals: Sequence[float], reach: Sequence[int]) -> None:
+        self._lead, self._totals, self._reach = lead, totals, reach
+
+    def costs(self, parts: Sequence[Part]) -> list[float]:
+        """Of each stack."""
+        return [self._lead[start] + self._totals[stop] - self._totals[start] for start, stop in parts]
+
+    def longer_half(self, parts: Sequence[Part]) -> float:
+        """What the half that takes longer costs."""
+        costs = self.costs(parts)
+        return max(sum(costs[s] for s in half) for half in _halves(range(len(parts)), costs))
+
+    def cut(self, stacks: int) -> list[Part]:
+        """At most `stacks` stacks, the most expensive as cheap as can be; never less than their reach asks for."""
+        low = max(self.costs([(i, i + 1) for i in range(len(self._lead))]), default=0.0)
+        high = max(self._lead, default=0.0) + self._totals[-1]
+        best = self._fill(high)
+        if len(found := self._fill(low)) <= stacks:
+            return found
+        for _ in range(_HALVINGS):
+            bound = (low + high) / 2
+            found = self._fill(bound)
+            low, high, best = (bound, high, best) if len(found) > stacks else (low, bound, found)
+        return best
+
+    def _fill(self, bound: float) -> list[Part]:
+        """Stacks that cost no more than `bound`, but for clients who cost more alone."""
+        parts, start = [], 0
+        while start < len(self._lead):
+            stop = bisect_right(self._totals, bound - self._lead[start] + self._totals[start]) - 1
+            stop = max(start + 1, min(stop, self._reach[start]))
+            parts.append((start, stop))
+            start = stop
+        return parts
+
+
+def _slots(stacks: Sequence[int], costs: Sequence[float], first: int = 0) -> dict[int, int]:
     """Slot of each stack, such that every half of the slots, and every half of a half, costs about as much."""
     if len(stacks) < 2:
         return dict.fromkeys(stacks, first)
-    halves: tuple[list[int], list[int]] = ([], [])
-    room = -(-len(stacks) // 2)
-    for stack in sorted(stacks, key=lambda s: (-costs[s], s)):
-        totals = [sum(costs[s] for s in half) for half in halves]
-        lighter = 0 if totals[0] <= totals[1] else 1
-        halves[lighter if len(halves[lighter]) < room else 1 - lighter].append(stack)
-    # A half with one stack more takes the larger run of slots.
-    halves = halves if len(halves[0]) >= len(halves[1]) else (halves[1], halves[0])
+    halves = _halves(stacks, costs)
     middle = first + aligned(len(stacks)) // 2
     return _slots(halves[0], costs, first) | _slots(halves[1], costs, middle)
 
 
-def _cuts(sizes: Sequence[int], stacks: int, cohort: int) -> list[int]:
-    """Where to cut the order into at most `stacks` stacks, so that the most expensive one is as cheap as can be."""
-    low, high = 0.0, _STEP * max(sizes, default=0) * len(sizes) + sum(sizes)
-    for _ in range(12):  # to a few thousandths
-        bound = (low + high) / 2
-        low, high = (bound, high) if _fill(sizes, bound, stacks, cohort) is None else (low, bound)
-    return _fill(sizes, high, stacks, cohort) or []
-
-
-def _fill(sizes: Sequence[int], bound: float, stacks: int, cohort: int) -> list[int] | None:
-    """Cuts such that no stack costs more than `bound`, or None if that takes more than `stacks`."""
-    cuts: list[int] = []
-    start, longest, total = 0, 0, 0
-    for i, size in enumerate(sizes):
-        longest, total = max(longest, size), total + size
-        if i > start and (i - start == cohort or _STEP * longest + total > bound):
-            cuts.append(i)
-            start, longest, total = i, size, size
-    return cuts if len(cuts) < stacks else None
+def _halves(stacks: Sequence[int], costs: Sequence[float]) -> tuple[list[int], list[int]]:
+    """Two halves that cost about as much; of an odd number, the first has one more."""
+    halves: tuple[list[int], list[int]] = ([], [])
+    totals, room = [0.0, 0.0], -(-len(stacks) // 2)
+    for stack in sorted(stacks, key=lambda s: (-costs[s], s)):
+        lighter = 0 if totals[0] <= totals[1] else 1
+        half = lighter if len(halves[lighter]) < room else 1 - lighter
+        halves[half].append(stack)
+        totals[half] += costs[stack]
+    return halves if len(halves[0]) >= len(halves[1]) else (halves[1], halves[0])

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from server.selection.base import Pick, Selector, Situation, draw
+from server.selection.base import Pick, Selector, Situation
 
 
 @dataclass(frozen=True)
@@ -19,9 +19,8 @@ class Uniform(Selector):
 
     def select(self, situation: Situation, count: int, rng: np.random.Generator) -> list[Pick]:
         """See `Selector.select`."""
-        pool, picks = np.array(situation.candidates, dtype=np.int64), []
-        for _ in range(min(count, len(pool))):
-            client = int(draw(rng, pool, 1)[0])
-            pool = pool[pool != client]
-            picks.append(situation.everything(client))
+        pool, picks = list(situation.candidates), []
+        # The numbers that `draw` would give one by one.
+        for index in rng.integers(np.arange(len(pool), max(0, len(pool) - count), -1)).tolist():
+            picks.append(situation.everything(pool.pop(index)))
         return picks

@@ -12,6 +12,7 @@ from fedmm.errors import ConfigError
 from fedmm.seeding import numpy_rng
 from server.knowledge import Directions, Federates, Imbalance, WholeDirections
 from server.selection import Situation, build_selector
+from server.selection.base import draw
 from server.selection.submodular import CMSFed, Cover, DivFL
 
 CLIENTS, COUNT, ROUNDS = 20, 5, 2000
@@ -207,3 +208,16 @@ def test_rounding_does_not_decide_between_mutual_neighbours():
         costs = {k: math.fsum(np.minimum(cover.nearest, D[:, k])) for k in pool}
         best = min(costs.values())
         assert chosen == next(k for k in pool if costs[k] <= best * (1 + 1e-12))
+
+
+def test_uniform_draws_one_client_after_another():
+    """As submodular selection does with one random candidate a step, from the same stream."""
+    for count in (1, 7, CLIENTS, CLIENTS + 3):
+        rng, left, expected = numpy_rng(3, "selection", count), np.arange(CLIENTS), []
+        for _ in range(min(count, CLIENTS)):
+            expected.append(int(draw(rng, left, 1)[0]))
+            left = left[left != expected[-1]]
+        picks = build_selector(Plugin(name="uniform")).select(
+            situation(federates()), count, numpy_rng(3, "selection", count)
+        )
+        assert [p.client for p in picks] == expected
