@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install -c .ci/constrain
 SOURCES := pyproject.toml .ci/constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all lint bench bench-gpu results clean
+.PHONY: help demo test test-all lint bench bench-add bench-gpu results clean
 
 help:
 	@echo "make demo      compare FedAvg, FedCMI and CMSFed on real data; the report lies in runs/demo"
@@ -39,6 +39,9 @@ lint: .venv/dev.stamp
 
 bench: .venv/run.stamp
 	$(BIN)/python -m experiments.bench
+
+bench-add: .venv/run.stamp
+	$(BIN)/python -m experiments.bench --add
 
 bench-gpu: .venv/run.stamp
 	$(BIN)/python -m experiments.bench --gpu

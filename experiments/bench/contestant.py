@@ -8,7 +8,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -16,14 +16,13 @@ from unittest.mock import patch
 import torch
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
-from flwr.simulation import run_simulation
 
 from clients import cohort, trainer
 from clients.app import app as client_app
 from experiments.bench.bare import BareLoop, lay_out
 from experiments.bench.stopwatch import Stopwatch
 from experiments.bench.workloads import Workload
-from experiments.runner import open_grid
+from experiments.runner import choose_layout, data_laid_out, open_grid
 from fedmm.config.schema import Config
 from fedmm.io.files import write_tensors
 from fedmm.io.run_directory import RunDirectory
@@ -42,12 +41,14 @@ class Watch(Callback):
 
     Attributes:
         server: Whose run it is.
+        cohort: Clients that train as one stack; 1 if they train one by one.
         first: The model after the first round.
     """
 
     def __init__(self, stopwatch: Stopwatch, training: list[float]) -> None:
         self._stopwatch, self._training = stopwatch, training
         self.server: Server | None = None
+        self.cohort = 1
         self.first: Tensors = {}
 
     def finished_round(self, report: RoundReport) -> None:
@@ -62,8 +63,8 @@ class Watch(Callback):
             self._training.clear()
 
 
-def serve(config: Config, grid: Grid, stopwatch: Stopwatch, training: list[float]) -> Tensors:
-    """Our server loop on any grid until the stopwatch has enough; the weights after the first round.
+def serve(config: Config, grid: Grid, stopwatch: Stopwatch, training: list[float]) -> Watch:
+    """Our server loop on any grid until the stopwatch has enough; its watch knows the weights after the first round.
 
     Args:
         config: What to run.
@@ -73,30 +74,38 @@ def serve(config: Config, grid: Grid, stopwatch: Stopwatch, training: list[float
     """
     directory = Path(tempfile.mkdtemp(prefix="fedmm-bench-"))
     watch = Watch(stopwatch, training)
-    watch.server = Server(plan(config), grid, RunDirectory(directory, config), [watch])
+    prepared = plan(config)
     try:
-        watch.server.run()
-    except Enough:
-        pass
+        with data_laid_out(grid, prepared, directory):
+            watch.server = Server(prepared, grid, RunDirectory(directory, config), [watch])
+            if (crews := watch.server.session.crews) is not None:
+                if config.engine.cohort == "auto":
+                    crews.cohort = choose_layout(prepared, crews.home).cohort
+                watch.cohort = crews.cohort
+            training.clear()  # of the probe
+            with suppress(Enough):
+                watch.server.run()
     finally:
         shutil.rmtree(directory, ignore_errors=True)
-    return watch.first
+    return watch
 
 
-def ours(config: Config, stopwatch: Stopwatch, training: list[float]) -> Tensors:
-    """Engine inproc or ray, as configured."""
+def ours(config: Config, stopwatch: Stopwatch, training: list[float]) -> Watch:
+    """Engine inproc or ray, as configured; samples and layout as `fedmm run` has them."""
     with timed_training(training), open_grid(config) as grid:
         return serve(config, grid, stopwatch, training)
 
 
-def flower(config: Config, stopwatch: Stopwatch, training: list[float]) -> Tensors:
+def flower(config: Config, stopwatch: Stopwatch, training: list[float]) -> Watch:
     """The same server and client apps on Flower's own simulation, with `engine.workers` Ray actors of one CPU."""
-    weights: Tensors = {}
+    from flwr.simulation import run_simulation  # a second of imports that only this contestant needs
+
+    watches: list[Watch] = []
     server_app = ServerApp()
 
     @server_app.main()
     def main(grid: Grid, context: Context) -> None:
-        weights.update(serve(config, grid, stopwatch, training))
+        watches.append(serve(config, grid, stopwatch, training))
 
     run_simulation(
         server_app,
@@ -107,7 +116,8 @@ def flower(config: Config, stopwatch: Stopwatch, training: list[float]) -> Tenso
             "init_args": {"num_cpus": config.engine.workers, "num_gpus": 0, "log_to_driver": False},
         },
     )
-    return weights
+    (watch,) = watches
+    return watch
 
 
 def bare(workload: Workload, precision: Any, stopwatch: Stopwatch) -> Tensors:
@@ -161,15 +171,17 @@ def main(job_path: Path, result_path: Path) -> None:
     torch.set_num_threads(1)
     job = json.loads(job_path.read_text())
     workload = Workload(**job["workload"])
-    stopwatch = Stopwatch(job["warmup"], job["rounds"])
+    stopwatch = Stopwatch(job["warmup"], job["rounds"], job["budget"])
     training: list[float] = []
+    cohort = 1
     if job["program"] == "bare":
         weights = bare(workload, job["precision"], stopwatch)
     else:
         config = workload.config(job["engine"], job["warmup"] + job["rounds"], job["precision"])
-        weights = {"ours": ours, "flower": flower}[job["program"]](config, stopwatch, training)
+        watch = {"ours": ours, "flower": flower}[job["program"]](config, stopwatch, training)
+        weights, cohort = watch.first, watch.cohort
     write_tensors(Path(job["weights"]), weights)
-    result = stopwatch.result() | {"torch": torch.__version__, "training": sum(training)}
+    result = stopwatch.result() | {"torch": torch.__version__, "training": sum(training), "cohort": cohort}
     result_path.write_text(json.dumps(result))
 
 

@@ -30,6 +30,8 @@ from fedmm.types import Tensors
 
 ROOT = Path(fedmm.__file__).resolve().parents[1]
 TAIL = 600
+TIMEOUT_S = 300.0
+"""A run that takes longer is given up."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,8 @@ class Run:
         parameters: Of the model.
         load: Load average of the machine, of one minute, before the start.
         torch: Version of torch.
+        cohort: Clients that trained as one stack; 1 if they trained one by one.
+        took: Seconds of the process, from start to end.
         training: Seconds in forward, backward and update during the rounds that count; 0 where it cannot be seen.
         weights: The model after the first round.
     """
@@ -93,6 +97,8 @@ class Run:
     load: float
     torch: str
     training: float
+    cohort: int
+    took: float
     weights: Tensors
 
 
@@ -102,9 +108,10 @@ def launch(
     *,
     warmup: int,
     rounds: int,
+    budget: float = TIMEOUT_S,
     precision: Precision = "float32",
     pfl_python: Path | None = None,
-    timeout: float = 900.0,
+    timeout: float = TIMEOUT_S,
 ) -> Run:
     """Run a contestant in a fresh process and return what it measured.
 
@@ -113,6 +120,7 @@ def launch(
         workload: What.
         warmup: Rounds that do not count.
         rounds: Rounds that do.
+        budget: Seconds of counted rounds after which a few of them are enough.
         precision: Of model and data.
         pfl_python: Interpreter that has pfl.
         timeout: Seconds until the run is given up.
@@ -128,6 +136,7 @@ def launch(
             "precision": precision,
             "warmup": warmup,
             "rounds": rounds,
+            "budget": budget,
             "weights": str(room / "weights.safetensors"),
         }
         names: list[str] = []
@@ -156,6 +165,8 @@ def launch(
         load=load,
         torch=result["torch"],
         training=result.get("training", 0.0),
+        cohort=result.get("cohort", 1),
+        took=time.time() - began,
         weights=weights,
     )
 

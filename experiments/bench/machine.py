@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import os
 import platform
+import subprocess
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -12,11 +14,27 @@ from typing import Any
 
 import torch
 
+SAME = ("processor", "vectors", "cores", "memory_gib", "accelerator", "versions", "code")
+"""Of `describe`: what must be the same for two measurements to stand in one table."""
+
+ROOT = Path(__file__).resolve().parents[2]
+CODE = (
+    "fedmm",
+    "clients",
+    "server",
+    "experiments/runner.py",
+    *(
+        f"experiments/bench/{name}.py"
+        for name in ("bare", "contestant", "launch", "pfl_app", "plain", "stopwatch", "workloads")
+    ),
+)
+"""What runs while something is timed."""
+
 PACKAGES = ("fedmm", "torch", "flwr", "ray", "numpy")
 
 
 def describe() -> dict[str, Any]:
-    """Processor, cores, memory, accelerator, versions, and the time."""
+    """Processor, cores, memory, accelerator, versions, code, and the time."""
     versions = {"python": platform.python_version()}
     for name in PACKAGES:
         with suppress(importlib.metadata.PackageNotFoundError):
@@ -30,8 +48,30 @@ def describe() -> dict[str, Any]:
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "versions": versions,
         "load_before": os.getloadavg()[0],
+        "code": code(),
+        "commit": _commit(),
         "measured": datetime.now(UTC).isoformat(timespec="seconds"),
     }
+
+
+def code() -> str:
+    """Twelve digits of the SHA-256 of the source files that run while something is timed."""
+    digest = hashlib.sha256()
+    for place in CODE:
+        for path in sorted((ROOT / place).rglob("*.py")) if (ROOT / place).is_dir() else [ROOT / place]:
+            digest.update(str(path.relative_to(ROOT)).encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def _commit() -> str | None:
+    """The commit of the working tree, "+" if files differ from it; None without git."""
+    with suppress(OSError, subprocess.SubprocessError):
+        told = [
+            subprocess.run(["git", *command], cwd=ROOT, capture_output=True, text=True, check=True, timeout=20).stdout
+            for command in (["rev-parse", "--short", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
+        ]
+        return told[0].strip() + ("+" if told[1].strip() else "")
+    return None
 
 
 def cores() -> int:

@@ -1,42 +1,22 @@
-"""The benchmark's files: bench.json (everything), runs.csv (one line a run), bench.md (tables), one SVG a suite."""
+"""The benchmark's page: tables in bench.md and one SVG a suite, beside the files of its results."""
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.table import Table as RichTable
 
+from experiments.bench import start_up
+from experiments.bench.goals import goal_table
 from experiments.bench.plots import draw
-from experiments.bench.session import Check
-from experiments.bench.suites import Suite
-from experiments.bench.tables import Record, Table, equality_table, load_table, tables
+from experiments.bench.results import Results
+from experiments.bench.stopwatch import FEWEST
+from experiments.bench.suites import BUDGET_S, Suite
+from experiments.bench.tables import Table, equality_table, load_table, selection_table, tables
 from experiments.bench.workloads import SIGMA
-from fedmm.io.files import write_bytes, write_json
-
-COLUMNS = (
-    "suite",
-    "workload",
-    "contestant",
-    "repeat",
-    "seconds",
-    "samples",
-    "us_per_sample",
-    "processor_us_per_sample",
-    "training_share",
-    "start_up",
-    "memory_mb",
-    "parameters",
-    "load",
-    "others",
-    "drift",
-    "error",
-)
+from fedmm.io.files import write_bytes
 
 METHOD = f"""\
 Every run is a process of its own; contestants take turns, and every cell is run once before any is run again. A value
@@ -46,30 +26,24 @@ messages, training, checks, aggregation, records on disk; evaluation and checkpo
 clients are log-normal (sigma {SIGMA}); 2 local epochs, batch 32, SGD with rate 0.05 and momentum 0.9. Same data,
 clients, initial weights and order of batches for all. Flower runs the same server and client apps on its own simulation
 with two actors of one CPU, ray has two workers; pfl runs in one process. A sample counts once, not once an epoch.
+Where nothing else is said, inproc and ray choose by themselves, as `fedmm run` does, whether clients train as stacks.
+Slow runs end after {FEWEST} counted rounds or more, once these have taken {BUDGET_S:.0f} s.
 """
 
 
-def csv_text(records: Sequence[Record]) -> str:
-    """Runs as CSV with the columns of `COLUMNS`; what was not measured stays empty."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, extrasaction="ignore", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(records)
-    return text.getvalue()
-
-
-def markdown(machine: dict[str, Any], notes: Sequence[str], every: Sequence[Table], pictures: Sequence[str]) -> str:
+def markdown(results: Results, every: Sequence[Table], pictures: Sequence[str]) -> str:
     """The report: machine, method, tables, pictures."""
+    machine = results.machine
     versions = ", ".join(f"{name} {v}" for name, v in machine["versions"].items())
     lines = [
         "# Benchmark",
         "",
-        f"Measured {machine['measured']} on {machine['processor']}, {machine['cores']} cores ({machine['vectors']}), "
-        f"{machine['memory_gib']} GiB, accelerator: {machine['accelerator'] or 'none'}; {machine['system']}; "
-        f"{versions}.",
+        f"Measured {' and '.join(results.sittings)} on {machine['processor']}, {machine['cores']} cores "
+        f"({machine['vectors']}), {machine['memory_gib']} GiB, accelerator: {machine['accelerator'] or 'none'}; "
+        f"{machine['system']}; {versions}; commit {machine['commit'] or 'unknown'}, code {machine['code']}.",
         "",
         METHOD,
-        *[f"* {note}" for note in notes],
+        *[f"* {note}" for note in results.notes],
         "",
     ]
     return "\n".join([*lines, *(t.markdown() for t in every), *(f"![{p}]({p})" for p in pictures), ""])
@@ -85,24 +59,26 @@ def show(console: Console, table: Table) -> None:
     console.print(shown)
 
 
-def write(
-    out: Path,
-    machine: dict[str, Any],
-    notes: Sequence[str],
-    checks: Sequence[Check],
-    suites: Sequence[Suite],
-    records: Sequence[Record],
-) -> list[Table]:
-    """Write all files and return the tables."""
-    out.mkdir(parents=True, exist_ok=True)
-    body = {"machine": machine, "notes": list(notes), "equality": [asdict(c) for c in checks], "runs": list(records)}
-    write_json(out / "bench.json", body)
-    write_bytes(out / "runs.csv", csv_text(records).encode())
-    every = [equality_table(checks)] if checks else []
+def write(out: Path, results: Results, suites: Sequence[Suite]) -> list[Table]:
+    """Write all files and return the tables.
+
+    Args:
+        out: Directory.
+        results: What was measured.
+        suites: Tables to make of it, those without a run left out.
+    """
+    results.save(out)
+    every = [table] if (table := goal_table(results)) is not None else []
+    every += [equality_table(results.checks)] if results.checks else []
     for suite in suites:
-        every += tables(suite, records)
-    if records:
-        every.append(load_table(records))
-    pictures = [f"{s.name}.svg" for s in suites if draw(s, records, out / f"{s.name}.svg")]
-    write_bytes(out / "bench.md", markdown(machine, notes, every, pictures).encode())
+        every += tables(suite, results.runs)
+    if results.selection:
+        every.append(selection_table(results.selection))
+    if results.start_up:
+        columns = ("engine", "to the end of the first round, s", "processor, s", "split of the last start, s")
+        every.append(Table("Start of a small run", columns, tuple(start_up.rows(results.start_up))))
+    if results.runs:
+        every.append(load_table(results.runs))
+    pictures = [f"{s.name}.svg" for s in suites if draw(s, results.runs, out / f"{s.name}.svg")]
+    write_bytes(out / "bench.md", markdown(results, every, pictures).encode())
     return every

@@ -104,7 +104,7 @@ def main(job_path: Path, result_path: Path) -> None:
         clients[turn[0]].orders = iter(turn[1])
         return clients[turn[0]]
 
-    stopwatch = Stopwatch(job["warmup"], job["rounds"])
+    stopwatch = Stopwatch(job["warmup"], job["rounds"], job["budget"])
     model = PyTorchModel(
         network,
         lambda parameters, lr: torch.optim.SGD(parameters, lr, job["momentum"], foreach=True),

@@ -11,8 +11,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator
 
 from experiments.bench.figures import number, spread
+from experiments.bench.results import Record
 from experiments.bench.suites import Suite
-from experiments.bench.tables import Record, values
+from experiments.bench.tables import values
 from experiments.bench.workloads import Workload
 
 COLOURS = {"bare loop": "#4c566a", "inproc": "#0072b2", "ray": "#009e73", "Flower": "#d55e00", "pfl": "#cc79a7"}

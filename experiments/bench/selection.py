@@ -1,5 +1,7 @@
 """Submodular selection at several sizes: seconds, memory and cost, as `python -m experiments.bench.selection`.
 
+With `--json` only what the benchmark has a goal for, without the comparisons of cost.
+
 Directions are synthetic: 200 clusters of unequal spread, 128 numbers for all encoders, 64 for the weak one. The cost
 of picks is what the method minimises: the sum of everybody's distance to the nearest client picked to train all its
 modalities, plus the same for the weak modality and those picked for it alone. "vs exact" compares with plain greedy
@@ -11,18 +13,23 @@ is the whole process, its synthetic data included.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import resource
+import subprocess
+import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from multiprocessing import get_context
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
 
+from experiments.bench.launch import ROOT, TIMEOUT_S
+from fedmm.errors import RunError
 from fedmm.seeding import numpy_rng
 from server.directions import STORED, Directions
 from server.knowledge import Federates, Imbalance
@@ -39,7 +46,7 @@ JUDGES = 20_000
 
 @dataclass(frozen=True)
 class Case:
-    """One line of the table.
+    """What is measured.
 
     Attributes:
         clients: N.
@@ -72,6 +79,40 @@ CASES = (
     Case(100_000, 1_000, "divfl", "sampled"),
     Case(100_000, 1_000, "cmsfed", "sampled"),
 )
+
+
+GOALS = (
+    Case(10_000, 1_000, "divfl", "plain"),
+    Case(10_000, 1_000, "cmsfed", "stochastic"),
+    Case(100_000, 1_000, "cmsfed", "sampled"),
+)
+"""What the benchmark measures."""
+
+
+@dataclass(frozen=True)
+class Line:
+    """What a case took.
+
+    Attributes:
+        case: Which.
+        seconds: Of one core; distances that are kept between rounds were there before.
+        memory_mb: Peak of the whole process, synthetic data included.
+        against_exact: Cost relative to plain greedy over exact sums.
+        against_random: Cost relative to random clients.
+    """
+
+    case: Case
+    seconds: float
+    memory_mb: float
+    against_exact: float | None = None
+    against_random: float | None = None
+
+    def text(self) -> str:
+        """As a row of Markdown."""
+        c = self.case
+        cells = (f"{c.clients:,}", f"{c.count:,}", c.method, c.route, f"{self.seconds:.2f}", f"{self.memory_mb:.0f}")
+        ratios = ("-" if v is None else f"{v:.4f}" for v in (self.against_exact, self.against_random))
+        return "| " + " | ".join([*cells, *ratios]) + " |"
 
 
 def situation(clients: int) -> Situation:
@@ -125,8 +166,13 @@ def at_random(known: Directions, picks: Sequence[Pick]) -> float:
     return float(np.mean(costs))
 
 
-def measure(case: Case) -> str:
-    """The case's line; to be run in a process of its own."""
+def measure(case: Case, costs: bool = True) -> Line:
+    """The case's line; to be run in a process of its own.
+
+    Args:
+        case: Which.
+        costs: Whether to compare the picks' cost with that of others.
+    """
     torch.set_num_threads(1)
     seen = situation(case.clients)
     known = cast(Directions, seen.knowledge["directions"])
@@ -136,28 +182,45 @@ def measure(case: Case) -> str:
     began = time.process_time()
     picks = pick(case, seen, known)
     seconds = time.process_time() - began
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000
-    mine = cost(known, picks)
-    exact = "-"
+    line = Line(case, seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000)
+    if not costs:
+        return line
+    mine, exact = cost(known, picks), None
     if case.method == "divfl" and case.clients <= STORED:
-        exact = f"{mine / cost(known, pick(replace(case, route='plain'), seen, known)):.4f}"
-    cells = (f"{case.clients:,}", f"{case.count:,}", case.method, case.route, f"{seconds:.2f}", f"{peak:.0f}")
-    return "| " + " | ".join([*cells, exact, f"{mine / at_random(known, picks):.4f}"]) + " |"
+        exact = mine / cost(known, pick(replace(case, route="plain"), seen, known))
+    return replace(line, against_exact=exact, against_random=mine / at_random(known, picks))
+
+
+def records() -> list[dict[str, Any]]:
+    """What the benchmark has a goal for, measured in processes of its own.
+
+    Raises:
+        RunError: It failed.
+    """
+    command = [sys.executable, "-m", "experiments.bench.selection", "--json"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
+    if done.returncode:
+        raise RunError(f"ended with code {done.returncode}: {' '.join(done.stderr.split())[-600:]}", where="selection")
+    return [dict(json.loads(line)) for line in done.stdout.splitlines()]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Print the table line by line."""
     parser = argparse.ArgumentParser(description="Submodular selection at several sizes.")
     parser.add_argument("--clients", type=int, help="only lines with this number of clients")
-    wanted = parser.parse_args(arguments).clients
+    parser.add_argument("--json", action="store_true", help="what the benchmark has a goal for, as JSON lines")
+    options = parser.parse_args(arguments)
     # Read by the linear algebra of the processes below when they start: one core.
     os.environ |= dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
-    print("| N | m | method | route | seconds | peak MB | vs exact | vs random |")
-    print("| --- " * 8 + "|")
-    for case in CASES:
-        if wanted in (None, case.clients):
+    if not options.json:
+        print("| N | m | method | route | seconds | peak MB | vs exact | vs random |")
+        print("| --- " * 8 + "|")
+    for case in GOALS if options.json else CASES:
+        if options.clients in (None, case.clients):
             with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-                print(pool.submit(measure, case).result(), flush=True)
+                line = pool.submit(measure, case, costs=not options.json).result()
+            flat = asdict(case) | {"seconds": line.seconds, "memory_mb": line.memory_mb}
+            print(json.dumps(flat) if options.json else line.text(), flush=True)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -10,7 +10,7 @@ from typing import Any
 
 from experiments.bench.figures import distance
 from experiments.bench.launch import BARE, INPROC_ALONE, Contestant, Run, launch
-from experiments.bench.suites import Suite
+from experiments.bench.suites import BUDGET_S, Suite
 from experiments.bench.workloads import Precision, Workload
 from fedmm.errors import RunError
 from fedmm.types import Tensors
@@ -36,6 +36,11 @@ class Check:
     reason: str = ""
 
     @property
+    def what(self) -> tuple[str, str, str]:
+        """Workload, contestant and precision."""
+        return self.workload, self.contestant, self.precision
+
+    @property
     def passed(self) -> bool:
         """Whether the weights agree."""
         return not self.reason and self.distance <= self.tolerance
@@ -46,18 +51,37 @@ def reference(workload: Workload) -> Contestant:
     return BARE if workload.plain else INPROC_ALONE
 
 
-def check_equality(suites: Sequence[Suite], pfl_python: Path | None, say: Say) -> list[Check]:
+def check_equality(
+    suites: Sequence[Suite], pfl_python: Path | None, say: Say, known: Collection[tuple[str, str, str]] = ()
+) -> Iterator[Check]:
     """One round of every contestant on one workload of each kind of model and method, against the reference.
 
     In float64, but for pfl, which keeps differences of models in float32.
+
+    Args:
+        suites: Who will be timed, on what.
+        pfl_python: Interpreter that has pfl.
+        say: Told of each run.
+        known: Checks (`Check.what`) that need not be made.
     """
-    return [
-        check
-        for workload, contestants in _meetings(suites)
-        for precision in ("float64", "float32")
-        if (guests := [c for c in contestants if (c.program == "pfl") == (precision == "float32")])
-        for check in _checks(workload, guests, precision, pfl_python, say)
-    ]
+    for workload, precision, guests in _rounds(suites, known):
+        yield from _checks(workload, guests, precision, pfl_python, say)
+
+
+def checking_runs(suites: Sequence[Suite], known: Collection[tuple[str, str, str]] = ()) -> int:
+    """Runs that `check_equality` takes, the reference's included."""
+    return sum(len(guests) + 1 for _, _, guests in _rounds(suites, known))
+
+
+def _rounds(
+    suites: Sequence[Suite], known: Collection[tuple[str, str, str]]
+) -> Iterator[tuple[Workload, Precision, list[Contestant]]]:
+    precisions: tuple[Precision, ...] = ("float64", "float32")
+    for workload, contestants in _meetings(suites):
+        for precision in precisions:
+            able = [c for c in contestants if (c.program == "pfl") == (precision == "float32")]
+            if guests := [c for c in able if (workload.name, c.name, precision) not in known]:
+                yield workload, precision, guests
 
 
 def _checks(
@@ -94,26 +118,70 @@ def _meetings(suites: Sequence[Suite]) -> Iterator[tuple[Workload, list[Contesta
         yield workload, [c for c in guests[same].values() if c.name != judge]
 
 
-def measure(suite: Suite, repeats: int, pfl_python: Path | None, say: Say) -> Iterator[dict[str, Any]]:
-    """Run every cell `repeats` times, or as often as its suite allows; a record of each run.
+@dataclass(frozen=True)
+class Turn:
+    """What is measured next to each other: one repeat of everybody on one workload.
 
-    All cells are run once before any a second time. Contestants take turns in being first, so that none always
-    profits from what the one before left.
+    Attributes:
+        suite: The table that it is for.
+        workload: On what.
+        repeat: Which repeat, from 0.
+        contestants: Who; the first of them judges whether all computed the same.
     """
-    for repeat in range(min(repeats, suite.repeats or repeats)):
-        for workload in suite.workloads:
-            cells = [c for w, c in suite.cells() if w == workload]
-            shift = repeat % len(cells)
-            runs: dict[str, Run | str] = {}
-            for contestant in [*cells[shift:], *cells[:shift]]:
-                say(f"{suite.path(workload, contestant)}, repeat {repeat + 1}")
-                try:
-                    runs[contestant.name] = launch(
-                        contestant, workload, warmup=suite.warmup, rounds=suite.rounds, pfl_python=pfl_python
-                    )
-                except RunError as error:
-                    runs[contestant.name] = str(error)
-            yield from _records(suite, workload, repeat, cells, runs)
+
+    suite: Suite
+    workload: Workload
+    repeat: int
+    contestants: tuple[Contestant, ...]
+
+    @property
+    def keys(self) -> list[tuple[str, str, str, int]]:
+        """Suite, workload, contestant and repeat of each run."""
+        return [(self.suite.name, self.workload.name, c.name, self.repeat) for c in self.contestants]
+
+
+def turns(suites: Sequence[Suite], repeats: int | None) -> list[Turn]:
+    """All turns in order: in a suite every workload comes once before any a second time.
+
+    Args:
+        suites: What is measured.
+        repeats: Runs of each cell; None: as each suite says.
+    """
+    return [
+        Turn(suite, workload, repeat, tuple(c for w, c in suite.cells() if w == workload))
+        for suite in suites
+        for repeat in range(repeats or suite.repeats)
+        for workload in suite.workloads
+    ]
+
+
+def measure(turn: Turn, pfl_python: Path | None, starting: Callable[[Contestant], None]) -> list[dict[str, Any]]:
+    """Run everybody of a turn and return a record of each run.
+
+    Contestants take turns in being first, so that none always profits from what the one before left.
+
+    Args:
+        turn: What.
+        pfl_python: Interpreter that has pfl.
+        starting: Called before each run.
+    """
+    suite, everyone = turn.suite, turn.contestants
+    shift = turn.repeat % len(everyone)
+    runs: dict[str, Run | str] = {}
+    for contestant in [*everyone[shift:], *everyone[:shift]]:
+        starting(contestant)
+        try:
+            runs[contestant.name] = launch(
+                contestant,
+                turn.workload,
+                warmup=suite.warmup,
+                rounds=suite.rounds,
+                budget=BUDGET_S,
+                pfl_python=pfl_python,
+            )
+        except RunError as error:
+            runs[contestant.name] = str(error)
+    return list(_records(suite, turn.workload, turn.repeat, everyone, runs))
 
 
 def _records(
@@ -135,6 +203,7 @@ def _records(
             "rounds": run.seconds,
             "samples": samples / len(run.samples),
             "us_per_sample": 1e6 * total / samples,
+            "processor": run.processor / len(run.seconds),
             "processor_us_per_sample": 1e6 * run.processor / samples,
             "training_share": run.training / total if run.training else None,
             "start_up": run.start_up,
@@ -143,4 +212,6 @@ def _records(
             "load": run.load,
             "others": run.others,
             "drift": drift,
+            "cohort": run.cohort,
+            "took": run.took,
         }

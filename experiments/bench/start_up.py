@@ -12,16 +12,17 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from statistics import median
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
 import fedmm
+from experiments.bench.figures import spread
 from experiments.bench.stopwatch import processor_seconds
 from fedmm.engines.processes import kill_tree
 from fedmm.errors import RunError
@@ -84,24 +85,37 @@ def measure(engine: str) -> Start:
         return Start(wall, processor, lines[0].partition(": ")[2] if lines else "")
 
 
+def records(repeats: int = 5) -> list[dict[str, Any]]:
+    """Every start: engine, repeat, seconds and processor seconds to the end of the first round, and the split."""
+    return [
+        {"engine": engine, "repeat": repeat} | asdict(measure(engine))
+        for repeat in range(repeats)
+        for engine in ENGINES
+    ]
+
+
+def rows(found: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
+    """For a table: engine, seconds to the end of the first round, processor seconds, and the last start's split."""
+    told: list[tuple[str, ...]] = []
+    for engine in dict.fromkeys(str(r["engine"]) for r in found):
+        starts = [r for r in found if r["engine"] == engine]
+        wall, processor = (spread([r[key] for r in starts]).text() for key in ("wall", "processor"))
+        told.append((engine, wall, processor, str(starts[-1]["split"])))
+    return told
+
+
 def main(
     repeats: Annotated[int, typer.Option(min=1, help="Starts of each engine.")] = 5,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Time the start of a small run on each engine."""
-    found = {engine: [measure(engine) for _ in range(repeats)] for engine in ENGINES}
+    found = records(repeats)
     if as_json:
-        typer.echo(json.dumps({engine: [vars(s) for s in starts] for engine, starts in found.items()}, indent=2))
+        typer.echo(json.dumps(found, indent=2))
         return
     table = Table("engine", "to the first round, s", "processor, s", "the last one's split, s", box=None)
-    for engine, starts in found.items():
-        walls = [s.wall for s in starts]
-        table.add_row(
-            engine,
-            f"{median(walls):.1f} ({min(walls):.1f}-{max(walls):.1f})",
-            f"{median(s.processor for s in starts):.1f}",
-            starts[-1].split,
-        )
+    for row in rows(found):
+        table.add_row(*row)
     Console(width=None if sys.stdout.isatty() else 140).print(table)
 
 

@@ -10,10 +10,15 @@ from pathlib import Path
 
 from fedmm.engines.processes import descendants
 
+FEWEST = 3
+"""Rounds that are counted however long they take, if so many are wanted."""
+
 
 @dataclass
 class Stopwatch:
     """Laps of one round each; the first `warmup` do not count, and after `rounds` more it is enough.
+
+    Slow contestants may stop before that: after `FEWEST` rounds that count, once these have taken `budget` seconds.
 
     Attributes:
         seconds: Of each round that counts.
@@ -26,6 +31,7 @@ class Stopwatch:
 
     warmup: int
     rounds: int
+    budget: float = float("inf")
     seconds: list[float] = field(default_factory=list)
     samples: list[int] = field(default_factory=list)
     first_round_at: float = 0.0
@@ -49,6 +55,7 @@ class Stopwatch:
             self.seconds.append(now - self._mark)
             self.samples.append(samples)
         done = self._laps == self.warmup + self.rounds
+        done |= len(self.seconds) >= FEWEST and sum(self.seconds) >= self.budget
         if done:
             self._end(sum(self.seconds))
             self.memory = memory_bytes(os.getpid())

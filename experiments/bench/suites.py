@@ -5,20 +5,28 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from experiments.bench.launch import BARE, EVERYBODY, FLOWER, INPROC, INPROC_ALONE, INPROC_STACKED, PFL, RAY, Contestant
-from experiments.bench.machine import cores
-from experiments.bench.workloads import (
-    METHODS,
-    MLP_SMALL,
-    REGISTERED,
-    ROUNDS,
-    SAMPLED,
-    SAMPLES,
-    SIZES,
-    Workload,
+from experiments.bench.launch import (
+    BARE,
+    FLOWER,
+    INPROC,
+    INPROC_ALONE,
+    INPROC_STACKED,
+    PFL,
+    RAY,
+    RAY_ALONE,
+    RAY_STACKED,
+    Contestant,
 )
+from experiments.bench.machine import cores
+from experiments.bench.workloads import HEADLINE, LARGE, METHODS, MLP_SMALL, SAMPLED, SAMPLES, SIZES, Workload
 
 MOST_WORKERS = 16
+
+FLOWER_SAMPLED = 100
+"""Most clients a round with Flower, whose messages take some 10 ms each: more would say the same for minutes."""
+
+BUDGET_S = 3.0
+"""Seconds of counted rounds after which a slow contestant has shown enough."""
 
 
 @dataclass(frozen=True)
@@ -32,8 +40,8 @@ class Suite:
         contestants: Its columns.
         axis: Attribute of `Workload` that grows from row to row; "" if the rows have no order.
         warmup: Rounds that do not count.
-        rounds: Rounds that do.
-        repeats: Most runs of each cell; None: as the command line says.
+        rounds: Rounds that do, or fewer once they have taken `BUDGET_S`.
+        repeats: Runs of each cell, unless the command line says otherwise.
         patterns: One of these must occur in a cell's path, if there are any.
     """
 
@@ -44,7 +52,7 @@ class Suite:
     axis: str = ""
     warmup: int = 2
     rounds: int = 10
-    repeats: int | None = None
+    repeats: int = 2
     patterns: tuple[str, ...] = ()
 
     def cells(self) -> list[tuple[Workload, Contestant]]:
@@ -54,6 +62,7 @@ class Suite:
             for w in self.workloads
             for c in self.contestants
             if (w.plain or c.program in ("ours", "flower"))
+            and (c.program != "flower" or w.sampled <= FLOWER_SAMPLED)
             and (not self.patterns or any(p in self.path(w, c) for p in self.patterns))
         ]
 
@@ -78,18 +87,20 @@ def workers() -> tuple[int, ...]:
 
 
 def suites(quick: bool) -> list[Suite]:
-    """All tables, or the one that is over in a few minutes."""
-    if quick:
-        return [Suite("rounds", "A round", (MLP_SMALL,), (BARE, INPROC, RAY, FLOWER, PFL), warmup=1, rounds=5)]
+    """All tables, what matters most first; or the one that is over in a few minutes."""
     some = (BARE, INPROC, RAY, FLOWER, PFL)
+    if quick:
+        return [Suite("quick", "A round", (MLP_SMALL,), some, warmup=1, rounds=5)]
+    layouts = (INPROC_ALONE, INPROC_STACKED, RAY_ALONE, RAY_STACKED)
     each = tuple(c.with_workers(n) for n in workers() for c in (RAY, FLOWER))
-    many = next(w for w in ROUNDS if w.sampled == 100)
+    many = HEADLINE[:1]
     return [
-        Suite("rounds", "A round", ROUNDS, EVERYBODY),
-        Suite("methods", "Methods", METHODS, (INPROC_ALONE, INPROC_STACKED, INPROC, RAY, FLOWER)),
-        Suite("sampled", "Clients a round, of 1,000", SAMPLED, some, "sampled", warmup=1, rounds=3, repeats=3),
-        Suite("registered", "Registered clients, 100 a round", REGISTERED, some, "registered", 1, 3, repeats=3),
-        Suite("sizes", "Size of the model, 20 clients x 33", SIZES, some, "parameters", warmup=1, rounds=3, repeats=3),
-        Suite("samples", "Samples a client, 20 clients", SAMPLES, some, "samples", warmup=1, rounds=5, repeats=3),
-        Suite("workers", "Worker processes, 100 clients x 33", (many,), each, rounds=5, repeats=3),
+        Suite("headline", "A round", HEADLINE, some, warmup=1, rounds=8, repeats=5),
+        Suite("methods", "Methods", METHODS, (INPROC, RAY, FLOWER), warmup=1, rounds=5, repeats=3),
+        Suite("large", "Clients a round of registered ones", LARGE, (INPROC, RAY), warmup=1, rounds=3),
+        Suite("layouts", "One by one and as stacks", HEADLINE, layouts, rounds=5),
+        Suite("sampled", "Clients a round, of 1,000", SAMPLED, some, "sampled", warmup=1, rounds=3),
+        Suite("sizes", "Size of the model, 20 clients x 33", SIZES, some, "parameters", warmup=1, rounds=3),
+        Suite("samples", "Samples a client, 20 clients", SAMPLES, some, "samples", warmup=1, rounds=5),
+        Suite("workers", "Worker processes, 100 clients x 33", many, each, rounds=5),
     ]

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from experiments.bench.figures import Spread, number, ratios, spread
+from experiments.bench.results import Record
 from experiments.bench.session import Check
 from experiments.bench.suites import Suite
-
-Record = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -59,10 +57,16 @@ def values(records: Sequence[Record], workload: str, contestant: str, key: str) 
     return [r[key] for r in sorted(found, key=lambda r: int(r["repeat"])) if r.get(key) is not None]
 
 
-def paired(records: Sequence[Record], slow: tuple[str, str], fast: tuple[str, str]) -> Spread | None:
+def paired(
+    records: Sequence[Record], slow: tuple[str, str], fast: tuple[str, str], key: str = "seconds"
+) -> Spread | None:
     """Ratio of the time of a round of two cells (workload, contestant) over the repeats in which both succeeded."""
     one, other = (
-        {r["repeat"]: r["seconds"] for r in records if (r["workload"], r["contestant"]) == cell and not r["error"]}
+        {
+            r["repeat"]: r[key]
+            for r in records
+            if (r["workload"], r["contestant"]) == cell and not r["error"] and r.get(key)
+        }
         for cell in (slow, fast)
     )
     both = sorted(set(one) & set(other))
@@ -115,6 +119,19 @@ def _pairs(suite: Suite) -> list[tuple[str, str]]:
     ]
 
 
+def layout_table(suite: Suite, records: Sequence[Record]) -> Table | None:
+    """Clients that trained as one stack, where the run was free to choose."""
+    rows = []
+    for name in (c.name for c in suite.contestants if c.engine.get("cohort") == "auto"):
+        found = [values(records, w.name, name, "cohort") for w in suite.workloads]
+        if any(found):
+            told = [sorted({int(v) for v in one}) for one in found]
+            rows.append((name, *(" or ".join("one by one" if v == 1 else str(v) for v in t) or "-" for t in told)))
+    if not rows:
+        return None
+    return Table(f"{suite.title}: clients in a stack, as chosen", ("", *(w.name for w in suite.workloads)), tuple(rows))
+
+
 def method_table(suite: Suite, records: Sequence[Record]) -> Table | None:
     """What a method costs against FedAvg on the same clients, beside how many more parameters it has."""
     base = next((w for w in suite.workloads if w.method == "fedavg"), None)
@@ -124,9 +141,11 @@ def method_table(suite: Suite, records: Sequence[Record]) -> Table | None:
     known = [{w.name, base.name} <= set(size) for w in suite.workloads]
     more = [number(size[w.name] / size[base.name]) if k else "-" for w, k in zip(suite.workloads, known, strict=True)]
     rows = [("parameters", *more)]
-    for contestant in (c.name for c in suite.contestants):
-        found = [paired(records, (w.name, contestant), (base.name, contestant)) for w in suite.workloads]
-        rows.append((f"time, {contestant}", *(s.text() if s else "-" for s in found)))
+    for key, what in (("seconds", "time"), ("processor", "processor time")):
+        for contestant in (c.name for c in suite.contestants):
+            found = [paired(records, (w.name, contestant), (base.name, contestant), key) for w in suite.workloads]
+            if any(found):
+                rows.append((f"{what}, {contestant}", *(s.text() if s else "-" for s in found)))
     return Table("Methods: times FedAvg", ("", *(w.name for w in suite.workloads)), tuple(rows))
 
 
@@ -160,10 +179,24 @@ def equality_table(checks: Sequence[Check]) -> Table:
     return Table("One round gives the same weights", columns, tuple(rows))
 
 
+def selection_table(found: Sequence[Record]) -> Table:
+    """Submodular selection: size, route, processor seconds of one core, peak memory of the process."""
+    rows = [
+        (f"{r['count']:,} of {r['clients']:,}", r["method"], r["route"], number(r["seconds"]), number(r["memory_mb"]))
+        for r in found
+    ]
+    columns = ("clients", "method", "route", "processor s", "peak MB of the process")
+    return Table("Submodular selection, one core", columns, tuple(rows))
+
+
 def tables(suite: Suite, records: Sequence[Record]) -> list[Table]:
     """All tables of a suite."""
     mine = [r for r in records if r["suite"] == suite.name]
     makers: list[Callable[[], Table | None]] = [lambda f=f: measured(suite, mine, f) for f in FIGURES]  # type: ignore[misc]
-    makers[1:1] = [lambda: ratio_table(suite, mine), lambda: method_table(suite, mine)]
+    makers[1:1] = [
+        lambda: ratio_table(suite, mine),
+        lambda: method_table(suite, mine),
+        lambda: layout_table(suite, mine),
+    ]
     makers.append(lambda: measured(suite, mine, OVERHEAD))
     return [table for make in makers if (table := make()) is not None]

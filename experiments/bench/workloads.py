@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from math import prod
 from typing import Any, Literal
 
 import numpy as np
@@ -68,6 +69,11 @@ class Workload:
     def plain(self) -> bool:
         """Whether a loop or a framework that knows nothing of fedmm can do the same."""
         return self.method == "fedavg" and self.norm == "none"
+
+    @property
+    def sample_bytes(self) -> int:
+        """Bytes of one sample as a client holds it: numbers, whether each modality is there, and the label."""
+        return sum(4 * prod(shape) + 1 for _, shape in SHAPES[self.family].values()) + 8
 
     def config(self, engine: dict[str, Any], rounds: int, precision: Precision = "float32") -> Config:
         """The run's configuration; neither evaluation nor checkpoint falls into the first `rounds` rounds.
@@ -142,20 +148,22 @@ def _random(family: Family, samples: int) -> Dataset:
 
 
 MLP_SMALL = Workload("mlp 20 x 33", "mlp", 20, 33)
-ROUNDS = (
-    MLP_SMALL,
-    Workload("mlp 20 x 172", "mlp", 20, 172),
+HEADLINE = (
     Workload("mlp 100 x 33", "mlp", 100, 33),
+    Workload("mlp 20 x 172", "mlp", 20, 172),
     Workload("cnn 20 x 46", "cnn", 20, 46),
 )
 METHODS = tuple(
     Workload(f"{method} 100 x 33", "mlp", 100, 33, method=method, norm="group")
     for method in ("fedavg", "fedcmi", "cmsfed")
 )
-SAMPLED = tuple(Workload(f"{k} clients", "mlp", k, 33, registered=1000) for k in (10, 30, 100, 300, 1000))
-REGISTERED = tuple(Workload(f"{k} registered", "mlp", 100, 33, registered=k) for k in (100, 1000, 10_000))
+SAMPLED = tuple(Workload(f"{k} clients", "mlp", k, 33, registered=1000) for k in (10, 100, 300, 1000))
+LARGE = tuple(
+    Workload(f"{k:,} of {n:,}", "mlp", k, 33, registered=n)
+    for k, n in ((100, 1000), (100, 10_000), (300, 10_000), (1000, 10_000))
+)
 SIZES = tuple(
     replace(MLP_SMALL, name=f"{name} parameters", width=width, features=features)
     for name, width, features in (("0.05 M", 128, 64), ("1 M", 1024, 320), ("11 M", 4096, 1024))
 )
-SAMPLES = tuple(replace(MLP_SMALL, name=f"{n} samples", samples=n) for n in (16, 33, 66, 172, 500))
+SAMPLES = tuple(replace(MLP_SMALL, name=f"{n} samples", samples=n) for n in (16, 66, 500))

@@ -14,12 +14,14 @@ from experiments.bench.bare import BareLoop, for_strangers, lay_out
 from experiments.bench.contestant import ours
 from experiments.bench.figures import distance, number, ratios, spread
 from experiments.bench.launch import BARE, FLOWER, INPROC, PFL, RAY, launch
-from experiments.bench.output import COLUMNS, csv_text, write
+from experiments.bench.machine import describe
+from experiments.bench.output import write
 from experiments.bench.plain import TwoTowers
+from experiments.bench.results import COLUMNS, Results, csv_text
 from experiments.bench.stopwatch import Stopwatch, memory_bytes, processor_seconds
 from experiments.bench.suites import Suite, suites, workers
 from experiments.bench.tables import FIGURES, measured, method_table, paired, ratio_table, values
-from experiments.bench.workloads import METHODS, MLP_SMALL, ROUNDS, SIZES, Workload
+from experiments.bench.workloads import HEADLINE, METHODS, MLP_SMALL, SIZES, Workload
 from fedmm.data import load_dataset
 from fedmm.models import build_model
 from server.plan import plan
@@ -50,7 +52,7 @@ def test_the_bare_loop_gives_the_weights_of_our_engine(workload):
     expected = loop.weights
     samples.append(loop.round(2))
     watch, training = Stopwatch(0, rounds), []
-    weights = ours(workload.config(INPROC.engine, rounds), watch, training)
+    weights = ours(workload.config(INPROC.engine, rounds), watch, training).first
     assert watch.samples == samples
     assert 0 < sum(training) < sum(watch.seconds)
     assert distance(weights, expected) < 1e-6
@@ -104,7 +106,7 @@ def test_strangers_get_every_client_and_order():
 
 def test_the_models_have_the_published_numbers_of_parameters():
     assert parameters(MLP_SMALL) == 50_250
-    assert parameters(next(w for w in ROUNDS if w.family == "cnn")) == 118_026
+    assert parameters(next(w for w in HEADLINE if w.family == "cnn")) == 118_026
     assert [round(parameters(w) / 1e6, 1) for w in SIZES] == [0.1, 1.1, 11.3]
 
 
@@ -196,20 +198,24 @@ def test_methods_are_compared_with_fedavg_beside_their_size():
     suite = Suite("methods", "Methods", METHODS, (RAY,))
     names = [w.name for w in METHODS]
     records = [
-        record("ray", i, seconds, name, parameters=size)
-        for name, seconds, size in zip(names, (1.0, 2.0, 3.0), (100, 150, 100), strict=True)
+        record("ray", i, seconds, name, parameters=size, processor=processor)
+        for name, seconds, size, processor in zip(names, (1.0, 2.0, 3.0), (100, 150, 100), (2.0, 6.0, 4.0), strict=True)
         for i in range(2)
     ]
     table = method_table(suite, records)
-    assert table.rows == (("parameters", "1", "1.5", "1"), ("time, ray", "1 (1-1)", "2 (2-2)", "3 (3-3)"))
+    assert table.rows == (
+        ("parameters", "1", "1.5", "1"),
+        ("time, ray", "1 (1-1)", "2 (2-2)", "3 (3-3)"),
+        ("processor time, ray", "1 (1-1)", "3 (3-3)", "2 (2-2)"),
+    )
 
 
 def test_files_hold_every_run(tmp_path):
     suite = Suite("s", "Title", (TINY,), (INPROC,))
     records = [record("inproc", 0, 0.1, rounds=[0.1], load=0.5, others=0.0, drift=0.0)]
     check = session.Check("tiny", "inproc", "bare loop", "float32", 1e-8, 1e-5)
-    machine = {"measured": "now", "processor": "p", "cores": 2, "vectors": "v", "memory_gib": 1, "accelerator": None}
-    write(tmp_path, machine | {"system": "s", "versions": {"torch": "2"}}, ["a note"], [check], [suite], records)
+    results = Results(describe(), ["now"], ["a note"], [check], records)
+    write(tmp_path, results, [suite])
     rows = list(csv.DictReader((tmp_path / "runs.csv").open()))
     assert rows[0]["seconds"] == "0.1"
     assert list(rows[0]) == list(COLUMNS)
@@ -224,8 +230,8 @@ def test_files_hold_every_run(tmp_path):
 
 def test_only_keeps_what_matches():
     (rounds, *_) = suites(quick=False)
-    kept = rounds.only(["20 x 33/Flower", "20 x 33/pfl"])
-    assert [(w.name, c.name) for w, c in kept.cells()] == [("mlp 20 x 33", "Flower"), ("mlp 20 x 33", "pfl")]
+    kept = rounds.only(["20 x 172/Flower", "20 x 172/pfl"])
+    assert [(w.name, c.name) for w, c in kept.cells()] == [("mlp 20 x 172", "Flower"), ("mlp 20 x 172", "pfl")]
     assert rounds.only([]) == rounds
     assert not rounds.only(["nothing like it"]).cells()
     assert workers()[0] == 1
