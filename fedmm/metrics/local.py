@@ -6,17 +6,23 @@ All functions run the model in evaluation mode without gradients and leave its m
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import cast
 
 import torch
 from torch import Tensor
+from torch.func import functional_call
 from torch.nn import functional as F
 
 from fedmm.models.multimodal import MultimodalModel
 from fedmm.types import ClientData, Outputs, Tensors
 
 _CHUNK = 512
+"""Samples of a client that pass through a model at a time."""
+
+_STACKED_CHUNK = 128
+"""Samples likewise of each client of a stack where clients without any more are left out."""
 
 
 @torch.no_grad()
@@ -55,6 +61,45 @@ def class_sums(features: Tensor, present: Tensor, y: Tensor, classes: int) -> tu
     return member.transpose(-1, -2) @ rows, member.sum(-2)
 
 
+@dataclass(frozen=True)
+class _Encoded:
+    """Some rows of some clients: features, float64 [..., n, d], presence [..., n] and labels [..., n]."""
+
+    clients: tuple[slice, ...]
+    features: Tensor
+    present: Tensor
+    y: Tensor
+
+
+@torch.no_grad()
+def _encoded(model: MultimodalModel, data: ClientData, m: str) -> list[_Encoded]:
+    """What one encoder makes of all samples, in chunks; in rows without the modality it is finite.
+
+    In a stack, a chunk is that of the first clients, up to the last one that has samples in it.
+    """
+    encoder, x, present, y = model.encoder[m], data.x[m], data.present[m], data.y
+    masked = not torch.equal(present, torch.ones_like(present) if data.real is None else data.real)
+    found, training, size = list[_Encoded](), encoder.training, _CHUNK if data.real is None else _STACKED_CHUNK
+    encoder.eval()
+    for start in range(0, len(data), size):
+        some: tuple[slice, ...] = ()
+        if data.real is not None:
+            some = (slice(1 + int(data.real[:, start].nonzero().amax())),)
+        elif data.y.dim() > 1:
+            some = (slice(len(data.y)),)
+        rows = (*some, slice(start, start + size))
+        here, given = present[rows], x[rows]
+        if masked:
+            given = torch.where(here.reshape(*here.shape, *[1] * (given.dim() - here.dim())), given, 0.0)
+        if some:
+            h = functional_call(encoder, {n: t[some] for n, t in encoder.named_parameters()}, (given,))
+        else:
+            h = encoder(given)
+        found.append(_Encoded(some, h.to(torch.float64), here, y[rows]))
+    encoder.train(training)
+    return found
+
+
 def prototypes(model: MultimodalModel, data: ClientData) -> Tensors:
     """Class prototypes as sums and counts, and the hits of nearest-prototype classification on the same data.
 
@@ -63,17 +108,25 @@ def prototypes(model: MultimodalModel, data: ClientData) -> Tensors:
         "shown.m" [...]: samples classified right by the client's own nearest prototype, and samples that have m.
         Source: BMSFed, imbalance ratio b_k = acc_1 / acc_2.
     """
-    features = predict(model, data).features
     report: Tensors = {}
-    for m, h in features.items():
-        total, count = class_sums(h, data.present[m], data.y, data.classes)
+    for m in data.modalities:
+        parts = _encoded(model, data, m)
+        leading = data.y.shape[:-1]
+        total = parts[0].features.new_zeros(*leading, data.classes, parts[0].features.shape[-1])
+        count, hits = total.new_zeros(*leading, data.classes), total.new_zeros(leading)
+        for part in parts:
+            member = (F.one_hot(part.y, data.classes) * part.present.unsqueeze(-1)).to(torch.float64)
+            total[part.clients] += member.transpose(-1, -2) @ part.features
+            count[part.clients] += member.sum(-2)
         centres = total / count.clamp(min=1).unsqueeze(-1)
-        # Without matrix products, whose choice would depend on how many samples there are.
-        distance = torch.cdist(h.to(torch.float64), centres, compute_mode="donot_use_mm_for_euclid_dist")
-        nearest = torch.where((count > 0).unsqueeze(-2), distance, torch.inf).argmin(-1)
+        # ||h - C||^2 / 2 less what all classes share.
+        offset = torch.where(count > 0, centres.square().sum(-1) / 2, torch.inf).unsqueeze(-2)
+        for part in parts:
+            at = part.clients
+            near = (offset[at] - part.features @ centres[at].transpose(-1, -2)).argmin(-1)
+            hits[at] += ((near == part.y) & part.present).sum(-1)
         report[f"prototype_sum.{m}"], report[f"prototype_count.{m}"] = total, count
-        report[f"hits.{m}"] = ((nearest == data.y) & data.present[m]).sum(-1).to(torch.float64)
-        report[f"shown.{m}"] = data.present[m].sum(-1).to(torch.float64)
+        report[f"hits.{m}"], report[f"shown.{m}"] = hits, data.present[m].sum(-1).to(torch.float64)
     return report
 
 

@@ -20,17 +20,25 @@ softmax; more than two modalities: W is the one with the smallest sum.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from fedmm.metrics.local import class_sums, predict
 from fedmm.models.multimodal import MultimodalModel
-from fedmm.objectives.base import Objective, cross_entropy, masked_mean
+from fedmm.objectives.base import Objective, cross_entropy
 from fedmm.types import Batch, ClientData, Tensors
+
+_FAR = 1e4
+"""Distance of a class without prototype: softmax ignores it."""
+
+_SMALL = 1e-6
+"""Least distance in a gradient: where a sample lies on a prototype there is none."""
 
 
 @dataclass(frozen=True)
@@ -71,23 +79,32 @@ class Prototypes(Objective):
         """The loss of the module's text; one optimiser step."""
         out = model(batch.x, batch.present)
         source = "local" if self.variant == "v1" else "global"
-        # All modalities side by side, [..., M, B, d]: as many operations as for one.
-        features = torch.stack(list(out.features.values()), -3)
+        # All modalities side by side, [..., M, B]: as many operations as for one.
         present = torch.stack([batch.present[m] for m in out.features], -2)
         y = batch.y.unsqueeze(-2).expand(present.shape)
-        each = cross_entropy(distance_logits(features, state[source], state[f"{source}_known"]), y)
-        term = self.alpha * masked_mean(each, present & state[f"{source}_known"].gather(-1, y))
+        known = state[f"{source}_known"]
+        each = prototype_cross_entropy(tuple(out.features.values()), state[source], known, batch.y)
+        given = present & known.gather(-1, y)
+        every = self.weak == "all"
+        chosen = each.new_ones(each.shape[:-1]) if every else weak_modality((-each.detach()).exp(), present)
+        # One weight a sample instead of a mean a modality: this way autograd has nothing to do for masks and choices.
+        term = (each * (self.alpha * _shares(given, chosen))).sum((-2, -1))
         if self.variant == "v1":
-            own = features - _of_class(state["global"], y)
+            own = torch.stack(list(out.features.values()), -3) - _of_class(state["global"], y)
             distance = (own.square().sum(-1) + 1e-12).sqrt()
-            term = term + self.beta * masked_mean(distance, present & state["global_known"].gather(-1, y))
-        chosen = torch.ones_like(term) if self.weak == "all" else weak_modality((-each.detach()).exp(), present)
+            given = present & state["global_known"].gather(-1, y)
+            term = term + (distance * (self.beta * _shares(given, chosen))).sum((-2, -1))
         state |= {f"enhanced.{m}": chosen[..., slot] for slot, m in enumerate(out.features)}
-        return (batch.mean(cross_entropy(out.logits, batch.y)) + (chosen * term).sum(-1),)
+        return (batch.mean(cross_entropy(out.logits, batch.y)) + term,)
 
     def actions(self, batch: Batch, state: Tensors) -> Tensors:
         """1 for each modality that has the prototype loss in the batch, else 0."""
         return {n: chosen for n, chosen in state.items() if n.startswith("enhanced.")}
+
+
+def _shares(given: Tensor, chosen: Tensor) -> Tensor:
+    """Weight [..., M, B] of each sample in the mean over those `given`, of the modalities `chosen` [..., M]."""
+    return given * (chosen / given.sum(-1).clamp(min=1)).unsqueeze(-1)
 
 
 def _of_class(centres: Tensor, y: Tensor) -> Tensor:
@@ -117,7 +134,83 @@ def distance_logits(features: Tensor, prototypes: Tensor, known: Tensor) -> Tens
     # [..., B, C, d] is never made. Not by matrix products, whose rounding would depend on how many clients there are.
     wide = torch.promote_types(features.dtype, torch.float32)  # for which alone there are distances
     distance = torch.cdist(features.to(wide), prototypes.to(wide), compute_mode="donot_use_mm_for_euclid_dist")
-    return torch.where(known.unsqueeze(-2), -distance.to(features.dtype), -1e4)
+    return torch.where(known.unsqueeze(-2), -distance.to(features.dtype), -_FAR)
+
+
+def prototype_cross_entropy(features: Sequence[Tensor], prototypes: Tensor, known: Tensor, y: Tensor) -> Tensor:
+    """CE(l, y) of every sample, [..., M, B], for the logits of `distance_logits`, by a few large operations.
+
+    Args:
+        features: h [..., B, d] of each of M modalities.
+        prototypes: C [..., M, C, d], without gradient.
+        known: Which classes have a prototype, bool [..., M, C]; samples of others get a finite number of no meaning.
+        y: Labels [..., B].
+    """
+    found: Tensor = _PrototypeCrossEntropy.apply(prototypes, known, y, *features)[0]  # type: ignore[no-untyped-call]
+    return found
+
+
+class _PrototypeCrossEntropy(torch.autograd.Function):
+    """The loss, and its gradient in closed form.
+
+        dL/dh = sum_c r_c (h - C_c),    r_c = g (1[c = y] - p_c) / ||h - C_c||
+
+    with p = softmax(l) and the incoming gradient g. Classes come before samples, [..., C, B]: softmax over a short last axis takes ten times as long.
+    """
+
+    @staticmethod
+    def forward(prototypes: Tensor, known: Tensor, y: Tensor, *features: Tensor) -> tuple[Tensor, ...]:
+        dtype = features[0].dtype
+        c = prototypes.to(torch.promote_types(dtype, torch.float32))
+        # Seen from the mean of the prototypes, lengths are of the size of the distances: squares lose few digits.
+        middle = c.mean(-2, keepdim=True)
+        c = c - middle
+        h = c.new_empty(*c.shape[:-2], *features[0].shape[-2:])
+        for slot, own in enumerate(features):
+            torch.sub(own, middle.select(-3, slot), out=h.select(-3, slot))
+        flat, centres = h.flatten(0, -3), c.flatten(0, -3)
+        own_square = torch.linalg.vector_norm(flat, dim=-1).square_().unsqueeze(-2)
+        lengths = own_square + torch.linalg.vector_norm(centres, dim=-1).square_().unsqueeze(-1)
+        squares = torch.baddbmm(lengths, centres, flat.transpose(1, 2), alpha=-2)
+        # Below that there are no digits left, and the direction of a gradient would be rounding alone.
+        distance = torch.maximum(squares, lengths.mul_(4 * torch.finfo(c.dtype).eps)).sqrt_().view(*c.shape[:-1], -1)
+        far = torch.where(known.unsqueeze(-1), distance, _FAR)
+        nearest = far.amin(-2, keepdim=True)
+        p = (nearest - far).exp_()
+        total = p.sum(-2, keepdim=True)
+        own = far.gather(-2, _along(y, h))
+        p.div_(total)
+        return total.log_().add_(own).sub_(nearest).squeeze(-2).to(dtype), h, c, distance, p
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(inputs[2], *output[1:])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor, *_: None) -> tuple[Tensor | None, ...]:
+        y, h, c, distance, p = ctx.saved_tensors
+        g = gradient.unsqueeze(-2).to(h.dtype)
+        r = (p * -g).scatter_add_(-2, _along(y, h), g).div_(distance.clamp(min=_SMALL)).flatten(0, -3)
+        found = h.flatten(0, -3) * r.sum(-2).unsqueeze(-1)
+        found = found.baddbmm_(r.transpose(1, 2), c.flatten(0, -3), alpha=-1).view(h.shape).to(gradient.dtype)
+        return None, None, None, *found.unbind(-3)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Tensor) -> tuple[tuple[Tensor, ...], int]:
+        """One more leading axis."""
+        whole = [
+            t.expand(info.batch_size, *t.shape) if at is None else t.movedim(at, 0)
+            for t, at in zip(inputs, in_dims, strict=True)
+        ]
+        return _PrototypeCrossEntropy.apply(*whole), 0  # type: ignore[no-untyped-call]
+
+
+def _along(y: Tensor, h: Tensor) -> Tensor:
+    """Labels [..., B] as places among the classes, [..., M, 1, B], of h [..., M, B, d]."""
+    return y.unsqueeze(-2).unsqueeze(-2).expand(*h.shape[:-2], 1, -1)
 
 
 def weak_modality(truth: Tensor, present: Tensor) -> Tensor:
