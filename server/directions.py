@@ -43,6 +43,9 @@ STORED = 10_000
 _COORDINATES = 2**16  # of one block of a sketch: bounds what is permuted at a time
 _CHUNK = 2**24  # numbers (64 MB in float32) of the rows that are worked on at a time
 _CLOSE = 1e-6  # squared distance, relative to squared lengths, below which the Gram form has too few digits
+_NEAR = 1 / 32  # likewise for the Gram form of float32 vectors
+_COLUMNS = 4096  # coordinates of one product of float32 numbers
+_ROWS, _LEAST = 256, 32  # rows of the distances that are computed at a time, and no fewer
 
 
 def sketch(rows: Tensor, width: int, seed: int) -> Tensor:
@@ -82,8 +85,9 @@ def distances(
 ) -> Matrix:
     """Euclidean distances [K, K] between direction vectors [K, P], symmetric, exact zeros on the diagonal.
 
-    Computed in float64 by |a|^2 + |b|^2 - 2ab, pairs that are too close for that by differences; kept in float64 up
-    to `DOUBLE` clients, else in float32.
+    By |a|^2 + |b|^2 - 2ab: products of a few thousand coordinates in the vectors' own format, added up in float64.
+    Pairs too close for that format are computed anew in float64, and pairs too close for this by differences. Kept
+    in float64 up to `DOUBLE` clients, else in float32.
 
     Args:
         vectors: One row a client.
@@ -94,38 +98,68 @@ def distances(
     count = len(vectors)
     result = np.empty((count, count), np.float64 if count <= DOUBLE else np.float32) if known is None else known
     changed = np.arange(count) if known is None else np.asarray(rows, dtype=np.int64)
-    step = max(1, min(512, _CHUNK // max(1, vectors.shape[1])))
-    for block in (changed[i : i + step] for i in range(0, len(changed), step)):
-        # A whole matrix needs its upper triangle alone: the columns before this block were mirrored into place.
-        first = int(block[0]) if len(changed) == count else 0
-        which = torch.from_numpy(block)
-        a = _doubles(vectors[which], normalise)
-        for start in range(first, count, step):
-            b = a if len(block) == count else _doubles(vectors[start : start + step], normalise)
-            selves = which.unsqueeze(1) == torch.arange(start, start + len(b))
-            part = _between(a, b, selves).numpy().astype(result.dtype)
-            result[block, start : start + len(b)] = part
-            result[start : start + len(b), block] = part.T
+    for start in range(0, len(changed), _ROWS):
+        block = changed[start : start + _ROWS]
+        part = _squares_from(vectors, torch.from_numpy(block), normalise).clamp_(min=0).sqrt_().numpy()
+        part = part.astype(result.dtype, copy=False)
+        result[block] = part
+        result[:, block] = part.T
         # Rows of one block were computed twice against each other: keep the matrix symmetric to the bit.
         corner = result[np.ix_(block, block)]
         result[np.ix_(block, block)] = np.minimum(corner, corner.T)
     return result
 
 
+def _squares_from(vectors: Tensor, which: Tensor, normalise: bool) -> Tensor:
+    """Squared distances [r, K], float64, from the vectors of some clients to those of all."""
+    # A product's rounding depends on its size where it is small: no fewer rows than `_LEAST` at a time.
+    rows = torch.cat([which, which[-1:].expand(max(0, _LEAST - len(which)))])
+    squares, lengths = (t[: len(which)] for t in _gram_form(vectors, rows, None, normalise, vectors.dtype))
+    others = which.unsqueeze(1) != torch.arange(len(vectors))
+    squares *= others
+    if vectors.dtype != torch.float64:
+        near = (squares < _NEAR * lengths) & others
+        if bool(near.any()):
+            i, j = near.any(1).nonzero().squeeze(1), near.any(0).nonzero().squeeze(1)
+            here = i.unsqueeze(1), j
+            fine, _ = _gram_form(vectors, which[i], j, normalise, torch.float64)
+            squares[here] = torch.where(near[here], fine, squares[here])
+    close = ((squares < _CLOSE * lengths) & others).nonzero()
+    for pairs in torch.split(close, max(1, _CHUNK // max(1, vectors.shape[1]))):
+        i, j = pairs.unbind(1)
+        a, b = (_doubles(vectors[rows], normalise) for rows in (which[i], j))
+        squares[i, j] = (a - b).square().sum(1)
+    return squares
+
+
+def _gram_form(
+    vectors: Tensor, rows: Tensor, columns: Tensor | None, normalise: bool, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """|a|^2 + |b|^2 - 2ab and |a|^2 + |b|^2, float64 [r, s], of some clients' vectors a and b (None: all).
+
+    Products are made in `dtype`, a few thousand coordinates at a time.
+    """
+    products = torch.zeros(len(rows), len(vectors if columns is None else columns), dtype=torch.float64)
+    own, other = products.new_zeros(len(rows), 1), products.new_zeros(products.shape[1])
+    every = columns is None and torch.equal(rows, torch.arange(len(vectors)))
+    for piece in torch.split(vectors, _COLUMNS, 1):
+        b = (piece if columns is None else piece[columns]).to(dtype)
+        a = b if every else piece[rows].to(dtype)
+        products += a @ b.T
+        other += torch.linalg.vector_norm(b, dim=1).to(torch.float64).square_()
+        if columns is not None:
+            own += torch.linalg.vector_norm(a, dim=1, keepdim=True).to(torch.float64).square_()
+    if columns is None:
+        own = other[rows].unsqueeze(1)
+    if normalise:
+        products /= (own.sqrt() * other.sqrt()).clamp(min=1e-12)
+        own, other = own.sign(), other.sign()
+    lengths = own + other
+    return lengths - 2 * products, lengths
+
+
 def _doubles(vectors: Tensor, normalise: bool) -> Tensor:
     return unit(vectors.to(torch.float64)) if normalise else vectors.to(torch.float64)
-
-
-def _between(a: Tensor, b: Tensor, selves: Tensor) -> Tensor:
-    """Distances [r, s] between rows a [r, P] and b [s, P] in float64; `selves` [r, s]: pairs of one client."""
-    lengths = torch.linalg.vector_norm(a, dim=1, keepdim=True).square() + torch.linalg.vector_norm(b, dim=1).square()
-    squares = (lengths - 2 * (a @ b.T)).masked_fill_(selves, 0)
-    close = ((squares < _CLOSE * lengths) & ~selves).nonzero()
-    for pairs in torch.split(close, max(1, _CHUNK // max(1, a.shape[1]))):
-        i, j = pairs.unbind(1)
-        squares[i, j] = (a[i] - b[j]).square().sum(1)
-    found: Tensor = squares.clamp(min=0).sqrt()
-    return found
 
 
 class Directions(Knowledge):

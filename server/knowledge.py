@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -70,11 +72,11 @@ class Imbalance(Knowledge):
     def learn(self, sent: Tensors, updates: Sequence[Update]) -> None:
         """Note each client's accuracies."""
         accuracy = self.tensors["accuracy"].clone()
-        for u in updates:
-            for slot, m in enumerate(self.federates.modalities):
-                if f"hits.{m}" in u.report:
-                    shown = u.report[f"shown.{m}"].clamp(min=1)
-                    accuracy[u.client, slot] = u.report[f"hits.{m}"] / shown
+        for slot, m in enumerate(self.federates.modalities):
+            with_m = [u for u in updates if f"hits.{m}" in u.report]
+            if with_m:
+                hits, shown = (torch.stack([u.report[f"{n}.{m}"] for u in with_m]) for n in ("hits", "shown"))
+                accuracy[[u.client for u in with_m], slot] = hits / shown.clamp(min=1)
         self.tensors["accuracy"] = accuracy
 
     def order(self) -> tuple[int, int]:
@@ -94,9 +96,13 @@ class Imbalance(Knowledge):
 
     def local_ratio(self, client: int, dominant: int, weak: int) -> float:
         """acc_dominant / acc_weak of one client; 1 for a client that lacks either."""
-        a = self.tensors["accuracy"][client].clamp(min=self._FLOOR)
-        value = float(a[dominant] / a[weak])
-        return 1.0 if value != value else value
+        return float(self.local_ratios(dominant, weak)[client])
+
+    def local_ratios(self, dominant: int, weak: int) -> npt.NDArray[np.float64]:
+        """`local_ratio` of every client, [K]."""
+        a = self.tensors["accuracy"].clamp(min=self._FLOOR)
+        found: npt.NDArray[np.float64] = (a[:, dominant] / a[:, weak]).nan_to_num(nan=1.0).numpy()
+        return found
 
     def _known(self) -> tuple[Tensor, Tensor]:
         n = torch.tensor(self.federates.samples, dtype=torch.float64).unsqueeze(1)

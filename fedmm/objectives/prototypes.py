@@ -155,7 +155,8 @@ class _PrototypeCrossEntropy(torch.autograd.Function):
 
         dL/dh = sum_c r_c (h - C_c),    r_c = g (1[c = y] - p_c) / ||h - C_c||
 
-    with p = softmax(l) and the incoming gradient g. Classes come before samples, [..., C, B]: softmax over a short last axis takes ten times as long.
+    with p = softmax(l) and the incoming gradient g. Classes come before samples, [..., C, B]: softmax over a short
+    last axis takes ten times as long.
     """
 
     @staticmethod
