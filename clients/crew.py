@@ -31,7 +31,7 @@ from fedmm.models.blocks import blocks_of, is_float
 from fedmm.models.width import padded
 from fedmm.objectives import Objective
 from fedmm.objectives.watched import METHOD, watched
-from fedmm.trees import add_named, tree_sum, tree_sum_rows
+from fedmm.trees import add_named, run_sum
 from fedmm.types import SPLITS, ClientData, Tensors
 from fedmm.wire import ReplyHeader, Terms
 
@@ -184,6 +184,10 @@ def _train(job: Train, shared: Shared, here: Workspace) -> Trained:
         return _Crew(replace(job, each=True), here, shared).run()
 
 
+_Part = tuple[Sequence[int], Tensors]
+"""Places of clients that trained together, ascending, and their models [n, ...]."""
+
+
 class _Crew:
     """One job: recursion over the tree of its places, a stack or a single client at the leaves."""
 
@@ -195,7 +199,7 @@ class _Crew:
         self._singles: list[Single] = []
         self._meter = Meter()
         self._terms = job.terms or (Terms(),) * len(job.clients)
-        self._leaf = job.cohort if here.stack is not None else 1
+        self._cohort = job.cohort if here.stack is not None else 1
 
     def run(self) -> Trained:
         """Do the job."""
@@ -210,22 +214,29 @@ class _Crew:
         return Trained(arrays(sums), tuple(self._groups), singles, self._meter.seconds)
 
     def _node(self, start: int, span: int) -> Tensors | None:
-        inside = [i for i, place in enumerate(self._job.places) if start <= place < start + span]
-        if not inside:
+        if not any(start <= place < start + span for place in self._job.places):
             return None
-        if span > self._leaf:
+        if span > max(self._cohort, self._job.leaf):
             return add_named(self._node(start, span // 2), self._node(start + span // 2, span // 2))
+        parts = self._parts(start, span)
+        return None if self._job.each else self._sum(start, span, parts)
+
+    def _parts(self, start: int, span: int) -> list[_Part]:
+        """Train the clients of a run, in stacks of aligned runs; those that send the same blocks, and their models."""
+        if span > self._cohort:
+            return self._parts(start, span // 2) + self._parts(start + span // 2, span // 2)
         kinds: dict[tuple[Any, ...], list[int]] = {}
         owned = self._here.pool("train").owned
-        for i in inside:
+        for i, place in enumerate(self._job.places):
+            if not start <= place < start + span:
+                continue
             # A stack has one number format, one width, and one path in the seed tree.
             alike = self._terms[i].precision, self._terms[i].width, self._terms[i].stream
             kinds.setdefault((owned[self._job.clients[i]], self._job.modalities[i], *alike), []).append(i)
-        parts = [part for members in kinds.values() for part in self._train(members)]
-        return None if self._job.each else self._sum(start, span, parts)
+        return [part for members in kinds.values() for part in self._train(members)]
 
-    def _train(self, which: Sequence[int]) -> Sequence[tuple[Sequence[int], Outcome]]:
-        """Train some clients together; those that send the same blocks, and what they give."""
+    def _train(self, which: Sequence[int]) -> list[_Part]:
+        """Train some clients together."""
         job, train, shared = self._job, self._here.config.train, self._shared
         modalities, terms = job.modalities[which[0]], self._terms[which[0]]
         members = [Member(job.clients[i], local_schedule(train, job.epochs, job.lr, self._terms[i])) for i in which]
@@ -253,7 +264,10 @@ class _Crew:
         parts = [([which[row] for row in rows], part) for rows, part in outcome.parts()]
         for some, part in parts:
             self._keep(some, modalities, part)
-        return parts
+        if here.stack is None and job.leaf > 1:
+            # The next client trains in the same memory.
+            parts = [(some, replace(part, model={n: t.clone() for n, t in part.model.items()})) for some, part in parts]
+        return [([job.places[i] for i in some], part.model) for some, part in parts]
 
     def _keep(self, which: Sequence[int], modalities: tuple[str, ...], outcome: Outcome) -> None:
         """Keep what the server wants of clients that send the same blocks, besides the sums."""
@@ -300,31 +314,18 @@ class _Crew:
         report, model = ({n: a.copy() for n, a in arrays(part).items()} for part in reply[1:])
         return Single(place, reply[0], report, model)
 
-    def _sum(self, start: int, span: int, parts: Sequence[tuple[Sequence[int], Outcome]]) -> Tensors:
-        """The node of a run, from its groups."""
-        job = self._job
-        weights = torch.tensor(job.weights, dtype=torch.float64, device=self._here.device)
-        holders: dict[str, list[tuple[Sequence[int], Tensor]]] = {}
-        for which, outcome in parts:
-            for name, rows in outcome.model.items():
-                holders.setdefault(name, []).append((which, padded(rows, self._model[name].shape)))
-        alike: dict[tuple[int, ...], Tensors] = {}
-        sums: Tensors = {}
-        for name, held in holders.items():
-            which, rows = held[0]
-            if len(held) == 1 and [job.places[i] for i in which] == list(range(start, start + len(which))):
-                alike.setdefault(tuple(which), {})[name] = rows
-                continue
-            terms: list[Tensor | None] = [None] * span
-            for which, rows in held:
-                for row, i in zip(rows, which, strict=True):
-                    terms[job.places[i] - start] = row.to(torch.float64) * weights[i]
-            total = tree_sum(terms)
-            assert total is not None
-            sums[name] = total
-        for which, tensors_ in alike.items():
-            sums |= tree_sum_rows(tensors_, weights[list(which)])
-        return sums
+    def _sum(self, start: int, span: int, parts: Sequence[_Part]) -> Tensors:
+        """The node of a run, from the models of its clients."""
+        held: dict[str, list[tuple[Sequence[int], Tensor]]] = {}
+        for places, model in parts:
+            mine = [place - start for place in places]
+            for name, rows in model.items():
+                held.setdefault(name, []).append((mine, padded(rows, self._model[name].shape)))
+        weights = torch.zeros(span, dtype=torch.float64)
+        for place, weight in zip(self._job.places, self._job.weights, strict=True):
+            if start <= place < start + span:
+                weights[place - start] = weight
+        return run_sum(held, weights.to(self._here.device), min(span, self._job.leaf))
 
 
 # -- measuring ----------------------------------------------------------------------------------------------------

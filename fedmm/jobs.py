@@ -59,6 +59,7 @@ class Train:
         requests: Statistics wanted.
         deltas: Prefix of the tensors whose change (sent less trained) is wanted; None: of none.
         cohort: Clients in a stack, a power of two; 1: one by one.
+        leaf: Places of a leaf of the tree of sums (`fedmm.trees`).
         each: Give back each client's model instead of sums.
         terms: Of each client; empty: nobody has terms of its own.
         personal: What each client is sent for itself (`fedmm.personal`); empty: nothing.
@@ -76,12 +77,13 @@ class Train:
     requests: tuple[str, ...] = ()
     deltas: str | None = None
     cohort: int = 16
+    leaf: int = 1
     each: bool = False
     terms: tuple[Terms, ...] = ()
     personal: tuple[Arrays, ...] = ()
 
     def split(self) -> list[Train]:
-        """The same work as jobs of one client each."""
+        """The same work as jobs of one client each, which give models: others are in the same leaf of the tree."""
         return [
             Train(
                 self.round,
@@ -96,7 +98,8 @@ class Train:
                 self.requests,
                 self.deltas,
                 self.cohort,
-                self.each,
+                self.leaf,
+                True,
                 self.terms[i : i + 1],
                 self.personal[i : i + 1],
             )

@@ -1,7 +1,8 @@
-"""One fixed order of addition: sums over clients run over a binary tree of their places.
+"""One fixed order of addition: sums over clients run over a tree of their places.
 
-A node covers an aligned run of places; whoever adds up a run, in whatever process, gets the same bits. None stands
-for a place without a term, and costs nothing.
+A leaf of the tree is an aligned run of a few places, whose weighted terms are added up by one matrix product; above
+the leaves the tree is binary. A node covers an aligned run of places; whoever adds up a run, in whatever process, gets
+the same bits. None stands for a place without a term, and costs nothing.
 """
 
 from __future__ import annotations
@@ -13,11 +14,18 @@ from torch import Tensor
 
 from fedmm.types import Tensors
 
-_TOGETHER = 2**13
-"""Numbers of a client that are added up at a time."""
+_COLUMNS = 2**12
+"""Numbers of a client that are added up at a time, in a buffer that stays in the processor's cache."""
+
+_LEAF = 8
+_HELD = 2**22
+"""Most places of a leaf, and most numbers that whoever adds it up may have to hold for it."""
 
 Run = tuple[int, int]
 """First place of an aligned run, and its length, a power of two."""
+
+Held = Sequence[tuple[Sequence[int], Tensor]]
+"""Terms of some places: which places of the leaf, ascending, and a row each, [n, *shape]."""
 
 
 def tree_sum(terms: Sequence[Tensor | None]) -> Tensor | None:
@@ -41,43 +49,66 @@ def tree_sum_stack(level: Tensor) -> Tensor:
     return level[0]
 
 
-def tree_sum_rows(rows: Mapping[str, Tensor], weights: Tensor) -> Tensors:
-    """`tree_sum` of rows times weights, for places that all have a term.
+def run_sum(terms: Mapping[str, Held], weights: Tensor, leaf: int) -> Tensors:
+    """The node of an aligned run of places: sum of weight times term; places without a term count as zero.
+
+    Every number is a column of products of the same shape, whichever tensor it belongs to and whoever holds it: so
+    its leaves are summed in one and the same order.
 
     Args:
-        rows: Name -> [K, *shape], any float type.
-        weights: float64 [K].
+        terms: Name -> who holds it, any float type.
+        weights: float64 [places of the run].
+        leaf: Places of a leaf, at most those of the run.
 
     Returns:
         Name -> float64 [*shape].
     """
-    if len(weights) == 1:
-        return {n: t[0].to(torch.float64) * weights[0] for n, t in rows.items()}
+    span, sizes = len(weights), {n: held[0][1][0].numel() for n, held in terms.items()}
+    if span == 1:
+        return {n: rows[0].to(torch.float64) * weights[0] for n, ((_, rows),) in terms.items()}
+    leaves = weights.new_zeros(span // leaf, leaf, _COLUMNS)
+    columns, factors = leaves.flatten(0, 1), weights.view(-1, 1, leaf)
     # In the order of memory, whatever the order of axes: a stack's weights are transposed views.
-    axes = {n: sorted(range(1, t.dim()), key=t.stride().__getitem__, reverse=True) for n, t in rows.items()}
-    flat = {n: t.permute(0, *axes[n]).reshape(len(weights), -1) for n, t in rows.items()}
-    # Side by side, so that few operations do the small ones.
-    small = [n for n, t in flat.items() if t.shape[1] < _TOGETHER]
-    buffer = torch.empty(len(weights) * _TOGETHER, dtype=torch.float64, device=weights.device)
-    totals = {n: _sum_flat(t, weights, buffer) for n, t in flat.items() if t.shape[1] >= _TOGETHER}
-    if small:
-        together = _sum_flat(torch.cat([flat[n] for n in small], 1), weights, buffer)
-        totals |= dict(zip(small, torch.split(together, [flat[n].shape[1] for n in small]), strict=True))
-    sums: Tensors = {}
-    for n, tensor in rows.items():
+    axes = {n: _axes(held[0][1]) for n, held in terms.items()}
+    sums = weights.new_empty(-(-sum(sizes.values()) // _COLUMNS), _COLUMNS)
+    done = 0
+    for n, held in terms.items():
+        flat = [(_places(which), rows.permute(0, *axes[n]).reshape(len(which), -1)) for which, rows in held]
+        everybody = sum(len(which) for which, _ in held) == span
+        at = 0
+        while at < sizes[n]:
+            first = done % _COLUMNS
+            count = min(sizes[n] - at, _COLUMNS - first)
+            part = columns[:, first : first + count]
+            if not everybody:
+                part.zero_()
+            for which, rows in flat:
+                if isinstance(which, slice):
+                    part[which].copy_(rows[:, at : at + count])
+                else:
+                    part.index_copy_(0, which.to(part.device), rows[:, at : at + count].to(part.dtype))
+            at, done = at + count, done + count
+            if done % _COLUMNS == 0:
+                sums[done // _COLUMNS - 1].copy_(tree_sum_stack(torch.bmm(factors, leaves).squeeze(1)))
+    if done % _COLUMNS:
+        sums[-1].copy_(tree_sum_stack(torch.bmm(factors, leaves).squeeze(1)))
+    found: Tensors = {}
+    for (n, held), total in zip(terms.items(), torch.split(sums.flatten()[:done], list(sizes.values())), strict=True):
+        shape = held[0][1].shape
         back = sorted(range(len(axes[n])), key=axes[n].__getitem__)
-        sums[n] = totals[n].view([tensor.shape[a] for a in axes[n]]).permute(back)
-    return sums
+        found[n] = total.view([shape[a] for a in axes[n]]).permute(back)
+    return found
 
 
-def _sum_flat(rows: Tensor, weights: Tensor, buffer: Tensor) -> Tensor:
-    """Weighted sum of rows [K, P], some columns at a time, in a buffer that stays in the processor's cache."""
-    total = torch.empty(rows.shape[1], dtype=torch.float64, device=rows.device)
-    for part, into in zip(torch.split(rows, _TOGETHER, 1), torch.split(total, _TOGETHER), strict=True):
-        level = buffer[: part.numel()].view(part.shape)
-        level.copy_(part).mul_(weights.unsqueeze(1))
-        into.copy_(tree_sum_stack(level))
-    return total
+def _axes(rows: Tensor) -> list[int]:
+    return sorted(range(1, rows.dim()), key=rows.stride().__getitem__, reverse=True)
+
+
+def _places(which: Sequence[int]) -> slice | Tensor:
+    """Places as an index: a slice where they follow each other."""
+    if which[-1] - which[0] + 1 == len(which):
+        return slice(which[0], which[-1] + 1)
+    return torch.tensor(which)
 
 
 def add_named(a: Tensors | None, b: Tensors | None) -> Tensors | None:
@@ -88,14 +119,18 @@ def add_named(a: Tensors | None, b: Tensors | None) -> Tensors | None:
 
 
 def combine(
-    nodes: Mapping[Run, Tensors], places: int, leaf: Callable[[int], Tensors | None] = lambda place: None
+    nodes: Mapping[Run, Tensors],
+    places: int,
+    leaf: Callable[[int, int], Tensors | None] = lambda start, span: None,
+    leaf_span: int = 1,
 ) -> Tensors:
     """The root of a tree over `places` places.
 
     Args:
-        nodes: Sums over disjoint aligned runs.
+        nodes: Sums over disjoint aligned runs, of whole leaves.
         places: Number of places.
-        leaf: The term of a place outside these runs; None: zero.
+        leaf: (start, span) -> sum over a leaf outside these runs; None: nobody is there.
+        leaf_span: Places of a leaf.
     """
 
     def node(start: int, span: int) -> Tensors | None:
@@ -103,12 +138,22 @@ def combine(
             return nodes[start, span]
         if start >= places:
             return None
-        if span == 1:
-            return leaf(start)
+        if span == leaf_span:
+            return leaf(start, span)
         return add_named(node(start, span // 2), node(start + span // 2, span // 2))
 
     # A run may reach beyond the last place.
-    return node(0, aligned(max([places, *(start + span for start, span in nodes)]))) or {}
+    return node(0, aligned(max([places, leaf_span, *(start + span for start, span in nodes)]))) or {}
+
+
+def leaf_span(numbers: int, most: int) -> int:
+    """Places of a leaf, a power of two; large models have small leaves, as a leaf's terms are held all at once.
+
+    Args:
+        numbers: Of a client's term.
+        most: Power of two that it may not exceed.
+    """
+    return min(most, _LEAF, aligned(_HELD // max(numbers, 1) + 1) // 2 or 1)
 
 
 def aligned(places: int) -> int:

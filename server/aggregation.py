@@ -15,7 +15,7 @@ import torch
 
 from fedmm.models.blocks import block_of, blocks_of, is_float, modality_of
 from fedmm.models.width import Shapes, held_mean, padded
-from fedmm.trees import Run, combine, tree_sum, tree_sum_stack
+from fedmm.trees import Run, combine, run_sum, tree_sum, tree_sum_stack
 from fedmm.types import Tensors
 
 __all__ = ["Change", "Gathered", "Update", "blockwise_mean", "merge_reports", "tree_sum", "update_norm"]
@@ -75,11 +75,13 @@ class Gathered(Sequence[Update]):
         updates: Sorted by client.
         sums: Run of places -> sum of weight x tensor over its updates that hold no model themselves.
         changes: Movements, where the server asked for them.
+        leaf: Places of a leaf of the tree of sums.
     """
 
     updates: tuple[Update, ...]
     sums: Mapping[Run, Tensors] = field(default_factory=dict)
     changes: tuple[Change, ...] = ()
+    leaf: int = 1
 
     def __len__(self) -> int:
         return len(self.updates)
@@ -117,18 +119,22 @@ def blockwise_mean(
         for block in u.trained:
             owners.setdefault(block, []).append(p)
 
-    def leaf(place: int) -> Tensors | None:
-        u = by_place.get(place)
-        if u is None or not u.model:
-            return None
-        return {
-            n: padded(t.to(torch.float64) * weights[place], previous[n].shape)
-            for n, t in u.model.items()
-            if is_float(t)
-        }
+    gathered = updates if isinstance(updates, Gathered) else Gathered(tuple(updates))
+
+    def leaf(start: int, span: int) -> Tensors | None:
+        held: dict[str, list[tuple[list[int], torch.Tensor]]] = {}
+        there = [p for p in range(start, start + span) if p in by_place and by_place[p].model]
+        for p in there:
+            for n, t in by_place[p].model.items():
+                if is_float(t):
+                    held.setdefault(n, []).append(([p - start], padded(t, previous[n].shape).unsqueeze(0)))
+        factors = torch.tensor(
+            [weights[p] if p in there else 0.0 for p in range(start, start + span)], dtype=torch.float64
+        )
+        return run_sum(held, factors, span) if held else None
 
     places = max(p for p in by_place if p is not None) + 1
-    total = combine(updates.sums if isinstance(updates, Gathered) else {}, places, leaf)
+    total = combine(gathered.sums, places, leaf, gathered.leaf)
     result: Tensors = {}
     for name, old in previous.items():
         mine = owners.get(block_of(name), [])

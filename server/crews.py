@@ -51,6 +51,7 @@ class Order:
         samples: Training samples of every client.
         deadline: Seconds to wait.
         terms: Of clients that have terms of their own.
+        leaf: Places of a leaf of the tree of sums.
     """
 
     picks: Sequence[Pick]
@@ -67,6 +68,7 @@ class Order:
     samples: Sequence[int]
     deadline: float | None
     terms: Mapping[int, Terms] = field(default_factory=dict)
+    leaf: int = 1
 
 
 @dataclass
@@ -149,7 +151,7 @@ class Crews:
         short = 0 < self._last < SHORT_ROUND_S * self._grid.processes
         jobs_wanted = self._grid.processes * (1 if short else JOBS_PER_PROCESS)
         share = aligned(max(1, -(-(places[-1] + 1) // jobs_wanted)))
-        span = max(self.cohort, share)
+        span = max(self.cohort, order.leaf, share)
         jobs = []
         for start in range(0, places[-1] + 1, span):
             mine = [p for p in places if start <= p < start + span]
@@ -170,6 +172,7 @@ class Crews:
                     order.requests,
                     order.deltas,
                     self.cohort,
+                    order.leaf,
                     each,
                     tuple(order.terms.get(p.client, Terms()) for p in picks) if order.terms else (),
                     tuple(arrays(personal(order.expected(p).owned, p.client)) for p in picks) if personal else (),

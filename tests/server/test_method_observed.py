@@ -1,6 +1,7 @@
 """What the method did to each modality, in the record of a run: on request, at no cost otherwise, and true."""
 
 import json
+from statistics import mean
 
 import pytest
 import registry
@@ -102,13 +103,15 @@ LEADING = {
 PLAIN, HARD = (0.05, 8), (0.49, 30)
 # On data as easy as these, the check closes every head that was added.
 SETTINGS = {"boosting": {"objective__check": False}}
+# How much of a small data set Data Remixing assigns to whom depends on the start.
+SEEDS = {"remixing": range(5)}
 
 
-def last(path, name, strong):
+def last(path, name, strong, seed=0):
     """The strong and the weak modality's figure in the last round, and its kind."""
     spread, dims = zip(*((PLAIN, HARD) if strong == "m1" else (HARD, PLAIN)), strict=True)
     given = {"data__params__spread": list(spread), "data__params__dims": list(dims)}
-    tiny.run(path, registry.config(name, **LEADING | given | SETTINGS.get(name, {})))
+    tiny.run(path, registry.config(name, seed=seed, **LEADING | given | SETTINGS.get(name, {})))
     weak = {"m1": "m2", "m2": "m1"}[strong]
     (kind,) = OBJECTIVES[name].acts
     found = {m: value for (_, _, m, _), value in seen(path).items()}
@@ -118,9 +121,9 @@ def last(path, name, strong):
 @pytest.mark.parametrize("strong", ["m1", "m2"])
 @pytest.mark.parametrize("name", ["infiltration", "negative", "remixing", "pmr", "prototypes", "boosting"])
 def test_the_weak_modality_gets_the_help(tmp_path, name, strong):
-    of_strong, of_weak, kind = last(tmp_path, name, strong)
-    assert kind in ("guided", "assigned", "enhanced", "heads")
-    assert of_weak > of_strong + 0.1
+    found = [last(tmp_path / str(seed), name, strong, seed) for seed in SEEDS.get(name, [0])]
+    assert {kind for *_, kind in found} < {"guided", "assigned", "enhanced", "heads"}
+    assert mean(weak - strong for strong, weak, _ in found) > 0.1
 
 
 @pytest.mark.parametrize("strong", ["m1", "m2"])
