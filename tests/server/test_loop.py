@@ -1,10 +1,13 @@
 """The round loop's bookkeeping: schedule, selection, bytes, splits, callbacks, reproducibility."""
 
 import pytest
+import registry
 import tiny
 import torch
 
+from experiments.runner import CLIENT_APP
 from fedmm.config.schema import TrainConfig
+from fedmm.engines.inprocess import InProcessGrid
 from fedmm.errors import RunError
 from fedmm.models import bytes_per_block
 from server.callbacks import Callback
@@ -106,3 +109,16 @@ def test_more_nodes_than_clients_are_refused(tmp_path):
     config = tiny.config("fedavg")
     with pytest.raises(RunError, match=r"scenario\.clients.*7 nodes"):
         tiny.run(tmp_path, config, grid=InProcessGrid(CLIENT_APP, 7))
+
+
+@pytest.mark.parametrize("objective", ["joint", "remixing"])
+def test_jobs_of_stacks_and_of_single_clients_give_what_messages_give(tmp_path, objective):
+    # Data Remixing trains client by client, in one model's memory, while the sum of a leaf needs all of its clients.
+    settings = registry.config(objective, train__rounds=1)
+    found = []
+    for name, grid in {"jobs": None, "messages": InProcessGrid(CLIENT_APP, settings.scenario.clients)}.items():
+        server = tiny.server(tmp_path / name, settings, grid)
+        server.run()
+        found.append(server.model)
+    for n, t in found[0].items():
+        assert torch.allclose(t, found[1][n], rtol=1e-6, atol=1e-7)
