@@ -17,6 +17,7 @@ import ray
 import torch
 from ray import ObjectRef
 
+from fedmm.engines.memory import Memory, Packed, pack, unpack
 from fedmm.engines.work import attempt_job, load_callable
 
 if TYPE_CHECKING:
@@ -51,24 +52,46 @@ class Worker:
         self._app: App | None = None
         self._path = ""
         self._shared: dict[str, ArrayRecord] = {}
-        self._common: dict[str, Any] = {}
+        self._common: tuple[int, Any] = (0, None)
+        self._inbox: Memory | None = None
+        self._memory: Memory | None = None
         self._do: Callable[[Any, Any], Any]
 
-    def greet(self, app: str, path: list[str], crew: str | None = None) -> int:
-        """Load the crew, or the app if there is none, with the driver's `sys.path`; return the process id."""
+    def greet(self, app: str, path: list[str], crew: str | None = None, memories: tuple[str, str] | None = None) -> int:
+        """Load the crew, or the app if there is none, with the driver's `sys.path`; return the process id.
+
+        Args:
+            app: Import path of the client app.
+            path: The driver's `sys.path`.
+            crew: Import path of the function that does jobs.
+            memories: Where to find the memory for what all workers get, and the one for what goes to and fro here.
+        """
         sys.path[:] = [*path, *(entry for entry in sys.path if entry not in path)]
         self._path = app
+        if memories is not None:
+            self._inbox, self._memory = map(Memory, memories)
         if crew is None:
             self._app = load_callable(app, "client app")
         else:
             self._do = load_callable(crew, "crew")
         return os.getpid()
 
-    def run_jobs(self, jobs: list[Any], key: str, ref: list[ObjectRef[Any]]) -> list[tuple[Any, Any]]:
-        """Do jobs one by one. `ref` (in a list, so that Ray does not fetch it each time) is what they share."""
-        if key not in self._common:
-            self._common = {key: ray.get(ref[0])}
-        return [outcome for job in jobs for outcome in attempt_job(self._do, job, self._common[key])]
+    def run_jobs(self, jobs: Packed, number: int, common: Packed) -> Packed:
+        """Do jobs one by one; give back the index of each, the part that was done instead if it is one, and the result.
+
+        Args:
+            jobs: What to do.
+            number: Of the order that they belong to.
+            common: What all jobs of this order share.
+        """
+        if number != self._common[0]:
+            self._common = number, unpack(common, self._inbox)
+        outcomes = []
+        # Copies: what is given back takes their place.
+        for i, job in enumerate(unpack(jobs, self._memory, copy=True)):
+            done = attempt_job(self._do, job, self._common[1])
+            outcomes += [(i, None if part is job else part, result) for part, result in done]
+        return pack(outcomes, self._memory)
 
     def run(self, parcels: list[Parcel], refs: dict[str, ObjectRef[Any]]) -> list[Outcome]:
         """Handle parcels one by one. `refs`: key -> reference to a shared record, fetched if it is new."""

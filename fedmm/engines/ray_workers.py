@@ -26,6 +26,7 @@ from ray.exceptions import OutOfMemoryError, RayActorError, RayTaskError, TaskCa
 
 from fedmm.engines import ray_instance
 from fedmm.engines.grid import LocalGrid, Outcome, Record, RunConfig, Task, error_reply
+from fedmm.engines.memory import Memory, new_memory, pack, unpack
 from fedmm.engines.processes import is_alive
 from fedmm.engines.ray_worker import Parcel, Worker
 from fedmm.engines.work import LostJob, parts_of
@@ -78,11 +79,15 @@ class RayPool:
         self._hope = 0.0
         self._seen_alive: set[Any] = set()
         self._pids: dict[Any, int] = {}
+        self._memories: dict[Any, Memory] = {}
+        self._orders = 0
         self._opened = self._closed = False
         self.workers = workers
         self.shared_records = 0
         self.deaths = 0
         ray_instance.acquire(workers, modules_of(crew))
+        # Workers of a Ray that is not ours may be on other machines.
+        self._common = new_memory() if ray_instance.private() else None
         atexit.register(self.close)
         if ray_instance.ready():
             self._open()
@@ -133,7 +138,7 @@ class RayPool:
         size = max(1, math.ceil(len(tasks) / (CHUNKS_PER_WORKER * self.workers)))
         order = range(len(tasks))
         queue = deque(Chunk(tuple(order[i : i + size])) for i in range(0, len(tasks), size))
-        for chunk, outcomes, error in self._dispatch(queue, submit, timeout):
+        for chunk, outcomes, error in self._dispatch(queue, submit, lambda _, __, reply: reply, timeout):
             if error is not None:
                 again, outcomes = _after_death(chunk, tasks, error)
                 queue.extendleft(again)
@@ -142,15 +147,19 @@ class RayPool:
     def work(self, jobs: Sequence[Any], shared: Any, timeout: float | None = None) -> Iterator[tuple[Any, Any]]:
         """Yield (job, result) as jobs are done; arguments and deaths as for `run` (see `WorkingGrid.work`)."""
         self._ready()
-        with ray_instance.watched():
-            common = ray.put(shared)
-        todo = list(jobs)
+        self._orders += 1
+        number, common, todo = self._orders, pack(shared, self._common), list(jobs)
 
         def submit(worker: Any, chunk: Chunk) -> ObjectRef[Any]:
-            return worker.run_jobs.remote([todo[i] for i in chunk.indices], common.hex(), [common])  # type: ignore[no-any-return]
+            mine = pack([todo[i] for i in chunk.indices], self._memories.get(worker))
+            return worker.run_jobs.remote(mine, number, common)  # type: ignore[no-any-return]
+
+        def receive(worker: Any, chunk: Chunk, reply: Any) -> list[Any]:
+            done = unpack(reply, self._memories.get(worker), copy=True)
+            return [(todo[chunk.indices[i]] if part is None else part, result) for i, part, result in done]
 
         queue = deque(_guided(len(todo), self.workers))
-        for chunk, outcomes, error in self._dispatch(queue, submit, timeout):
+        for chunk, outcomes, error in self._dispatch(queue, submit, receive, timeout):
             if error is None:
                 yield from outcomes
                 continue
@@ -175,7 +184,11 @@ class RayPool:
         self.wait()
 
     def _dispatch(
-        self, queue: deque[Chunk], submit: Callable[[Any, Chunk], ObjectRef[Any]], timeout: float | None
+        self,
+        queue: deque[Chunk],
+        submit: Callable[[Any, Chunk], ObjectRef[Any]],
+        receive: Callable[[Any, Chunk, Any], list[Any]],
+        timeout: float | None,
     ) -> Iterator[tuple[Chunk, list[Any], Exception | None]]:
         """Hand out chunks to whoever is idle; yield each with its outcomes, or with the death of its worker."""
         deadline = None if timeout is None else time.monotonic() + timeout
@@ -194,7 +207,7 @@ class RayPool:
                     self._hope = time.monotonic() + START_SECONDS
                     ray_instance.check()
                     try:
-                        outcomes = ray.get(ref)
+                        outcomes = receive(worker, chunk, ray.get(ref))
                     except DEATH as error:
                         self.deaths += 1
                         self._replace(worker)
@@ -224,6 +237,9 @@ class RayPool:
             for worker in [*self._idle, *(w for w, _ in self._greeted.values()), *(w for w, _ in self._busy.values())]:
                 ray.kill(worker)
         self._idle, self._greeted, self._busy = [], {}, {}
+        for memory in filter(None, [self._common, *self._memories.values()]):
+            memory.close()
+        self._memories, self._common = {}, None
         ray_instance.release()
 
     def __enter__(self) -> Self:
@@ -255,15 +271,19 @@ class RayPool:
         return parcels, refs
 
     def _start(self) -> None:
-        actor = ray.remote(num_cpus=0, max_restarts=0, max_task_retries=0)(Worker)
-        self._greet(actor.remote())
-
-    def _greet(self, worker: Any) -> None:
-        self._greeted[worker.greet.remote(self._app, self._path, self.crew)] = worker, time.monotonic() + START_SECONDS
+        worker: Any = ray.remote(num_cpus=0, max_restarts=0, max_task_retries=0)(Worker).remote()
+        paths = None
+        if self._common is not None:
+            self._memories[worker] = Memory()
+            paths = self._common.path, self._memories[worker].path
+        greeting = worker.greet.remote(self._app, self._path, self.crew, paths)
+        self._greeted[greeting] = worker, time.monotonic() + START_SECONDS
 
     def _replace(self, worker: Any) -> None:
         ray.kill(worker)
         self._pids.pop(worker, None)
+        if memory := self._memories.pop(worker, None):
+            memory.close()
         self._start()
 
     def _next_event(self, deadline: float | None) -> ObjectRef[Any] | None:
