@@ -41,13 +41,8 @@ def slots(study: Study) -> dict[str, int]:
 
 def series(runs: Sequence[Run], split: str, modality: str, metric: str) -> pd.DataFrame:
     """A global metric over rounds: index round, one column a seed; nan where a seed has no value."""
-    columns = {}
-    for run in runs:
-        rows = run.metrics
-        rows = rows[(rows["scope"] == "global") & (rows["split"] == split)]
-        rows = rows[(rows["modality"] == modality) & (rows["metric"] == metric)]
-        if len(rows):
-            columns[run.seed] = rows.groupby("round")["value"].last()
+    key = (split, modality, metric)
+    columns = {run.seed: run.curves[key] for run in runs if key in run.curves}
     return pd.DataFrame(columns).sort_index()
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +19,7 @@ from fedmm.errors import ConfigError, DataError
 COLUMNS = ("run", "round", "split", "scope", "client", "modality", "metric", "value")
 MARKS = ("summary.json", "manifest.json", "metrics.jsonl", "metrics.parquet")
 FINISHED = ("completed", "degraded")
+_YAML: type[yaml.SafeLoader] = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times as fast, where it is built
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,16 @@ class Run:
     manifest: Mapping[str, Any] = field(default_factory=dict)
     metrics: pd.DataFrame = field(default_factory=lambda: _tidy([]))
     problems: tuple[str, ...] = ()
+
+    @cached_property
+    def curves(self) -> Mapping[tuple[str, str, str], pd.Series[float]]:
+        """Global metrics over rounds, by split, modality and metric; sorted out once, as a page asks for hundreds."""
+        keys = ["split", "modality", "metric"]
+        rows = self.metrics[self.metrics["scope"] == "global"]
+        last = rows.groupby([*keys, "round"], as_index=False)["value"].last()
+        rounds, values = pd.Index(last["round"]), last["value"].to_numpy()
+        places = cast(Mapping[tuple[str, str, str], npt.NDArray[np.int64]], last.groupby(keys).indices)
+        return {key: pd.Series(values[at], rounds[at], name="value") for key, at in places.items()}
 
     @property
     def usable(self) -> bool:
@@ -276,7 +288,7 @@ def _read_config(path: Path, problems: list[str]) -> dict[str, Any]:
     if not path.exists():
         return {}
     try:
-        value = yaml.safe_load(path.read_text(encoding="utf-8"))
+        value = yaml.load(path.read_text(encoding="utf-8"), _YAML)
     except (OSError, ValueError, yaml.YAMLError) as error:
         problems.append(f"{path.name} cannot be read: {error}")
         return {}
