@@ -2,7 +2,8 @@
 
 Three kinds of model: the small dense one, the small convolutional one, and a pair of ResNet-18. For each, the time of
 a round (all clients, all steps, data already on the card) against the number of clients, the memory that the stack
-takes, and from its growth how many clients would fit.
+takes, and from its growth how many clients would fit; then one step of a stack as it is, compiled, and replayed as a
+CUDA graph (`experiments/bench/gpu_step.py`). Whatever fails is written down, and the rest goes on.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from clients.cohort import Member, train_stack
 from clients.trainer import LocalSchedule, batches
 from experiments.bench import machine
 from experiments.bench.figures import distance, number, spread
+from experiments.bench.gpu_step import FORMS, StackStep
 from experiments.bench.output import show
 from experiments.bench.tables import Table
 from experiments.bench.workloads import CLASSES
@@ -32,6 +34,10 @@ from fedmm.models.stacked import Stack
 from fedmm.objectives import build_objective
 from fedmm.seeding import torch_rng
 from fedmm.types import Kind, ModalitySpec, Tensors
+
+DENSE, SMALL, PAIR = "dense", "convolutional", "ResNet-18 pair"
+
+STEPS = 20
 
 TOLERANCE = 1e-3
 """Relative distance of a client's model after a round, in float32 without TF32: convolutions sum in another order."""
@@ -64,21 +70,21 @@ _IMAGES: dict[str, tuple[Kind, tuple[int, ...]]] = {
 }
 CASES = (
     Case(
-        "dense",
+        DENSE,
         ModelConfig(encoder="mlp", norm="none", fusion="mlp"),
         {"first": ("vector", (64,)), "second": ("vector", (128,))},
         64,
         (10, 20, 50, 100, 200, 500, 1000, 2000),
     ),
     Case(
-        "convolutional",
+        SMALL,
         ModelConfig(encoder="convnet", norm="none", fusion="mlp"),
         _IMAGES,
         64,
         (10, 20, 50, 100, 200, 500, 1000),
     ),
     Case(
-        "ResNet-18 pair",
+        PAIR,
         ModelConfig(encoder="resnet18", norm="group", fusion="mlp", features=512),
         {"first": ("image", (3, 32, 32)), "second": ("spectrogram", (1, 32, 32))},
         64,
@@ -120,6 +126,8 @@ class Bench:
             0,
             1,
         )
+        # The twin holds on to the last tensors that were bound to it.
+        self.stack.bind(self.stack.expand_all(self.received, 1))
         return {n: self.stack.plain(n, t) for n, t in result.model.items()}
 
     def alone(self, clients: int) -> Tensors:
@@ -178,9 +186,7 @@ def measure(case: Case, device: torch.device, repeats: int) -> list[dict[str, An
         ValueError: The stack gives another model than training alone.
     """
     bench = Bench(case, device, max(case.counts))
-    few = case.counts[0]
-    own, stack = bench.alone(few), bench.stacked(few)
-    gap = distance({n: t[few - 1] for n, t in stack.items()}, own)
+    gap = _gap(bench, case.counts[0])
     if gap > TOLERANCE:
         raise ValueError(f"{case.name}: a client of a stack is {gap:.1e} away from the same client alone")
     records: list[dict[str, Any]] = []
@@ -191,6 +197,12 @@ def measure(case: Case, device: torch.device, repeats: int) -> list[dict[str, An
             records.append({"case": case.name, "clients": count, "error": "out of memory"})
             break
     return records
+
+
+def _gap(bench: Bench, clients: int) -> float:
+    """How far the last of some clients lies from the same client alone."""
+    own, stack = bench.alone(clients), bench.stacked(clients)
+    return distance({n: t[clients - 1] for n, t in stack.items()}, own)
 
 
 def _record(bench: Bench, case: Case, count: int, repeats: int) -> dict[str, Any]:
@@ -241,27 +253,124 @@ def table(case: Case, records: Sequence[dict[str, Any]], total: int) -> Table:
     return Table(title, ("clients", "stacked, ms a round", "one by one, ms", "times faster", "MiB"), tuple(rows))
 
 
-def main(out: Path, console: Console, cases: Sequence[Case] = CASES, repeats: int = 5) -> int:
-    """Measure all cases and write gpu.json and gpu.md; the exit code."""
-    if not torch.cuda.is_available():
-        console.print("There is no GPU here, so nothing was measured.")
-        return 0
-    device = torch.device("cuda")
+def main(
+    out: Path,
+    console: Console,
+    cases: Sequence[Case] = CASES,
+    repeats: int = 5,
+    device: torch.device | None = None,
+) -> int:
+    """Measure all cases and write gpu.json and gpu.md after each; the exit code.
+
+    Args:
+        out: Directory of the results.
+        console: For the tables.
+        cases: What to measure.
+        repeats: Of each number of clients.
+        device: Where; None: the GPU, if there is one.
+    """
+    if device is None:
+        if not torch.cuda.is_available():
+            console.print("There is no GPU here, so nothing was measured.")
+            return 0
+        device = torch.device("cuda", torch.cuda.current_device())
     # Both sides in full float32, or the check would compare roundings.
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    total = torch.cuda.get_device_properties(device).total_memory
-    records, every = [], []
-    for case in cases:
-        found = measure(case, device, repeats)
-        records += found
-        every.append(table(case, found, total))
-        show(console, every[-1])
-        torch.cuda.empty_cache()
-    out.mkdir(parents=True, exist_ok=True)
+    total = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0
     about = machine.describe()
-    write_json(out / "gpu.json", {"machine": about, "total_memory": total, "runs": records})
-    head = (
-        f"# Stacked clients on {about['accelerator']}\n\nMeasured {about['measured']}, torch {torch.__version__}.\n\n"
-    )
-    write_bytes(out / "gpu.md", (head + "\n".join(t.markdown() for t in every)).encode())
-    return 0
+    runs: list[dict[str, Any]] = []
+    steps: list[dict[str, Any]] = []
+    failures: list[str] = []
+    for case in cases:
+        console.print(f"{case.name}: up to {max(case.counts):,} clients", style="dim", highlight=False)
+        # An unattended run shall bring home what can be had.
+        try:
+            runs += (mine := measure(case, device, repeats))
+            show(console, table(case, mine, total))
+            steps += step_seconds(case, device, repeats)
+        except (RuntimeError, ValueError) as error:
+            failures.append(f"{case.name}: {error}")
+            console.print(failures[-1], style="red", markup=False)
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+        found = {"machine": about, "total_memory": total, "runs": runs, "steps": steps, "failures": failures}
+        _write(out, found, cases)
+    for made in (goal_table(runs), step_table(steps)):
+        show(console, made)
+    console.print(f"Written to {out}")
+    return 1 if failures else 0
+
+
+def step_seconds(case: Case, device: torch.device, repeats: int) -> list[dict[str, Any]]:
+    """Seconds of one step of a stack of `case.alone` clients at most, in several forms; what fails says so."""
+    count = max(k for k in case.counts if k <= case.alone)
+    bench = Bench(case, device, count)
+    records = []
+    for form, prepare in FORMS.items():
+        record: dict[str, Any] = {"case": case.name, "clients": count, "form": form, "error": ""}
+        try:
+            step = prepare(StackStep(bench.stack, bench.received, OBJECTIVE, bench.pool, count, SCHEDULE))
+            seconds = timed(lambda step=step: [step() for _ in range(STEPS)], device, repeats)  # type: ignore[misc]
+            record["seconds"] = [s / STEPS for s in seconds]
+        except Exception as error:  # compilers fail in many ways, none of which concerns the rest
+            record["error"] = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        records.append(record)
+    torch.compiler.reset()  # what was compiled holds on to its tensors
+    return records
+
+
+def _ratio(runs: Sequence[dict[str, Any]], case: str, clients: int, key: str, other: tuple[int, str]) -> float | None:
+    """Median time of one number of clients and way against another's, of one case."""
+    found = {r["clients"]: r for r in runs if r["case"] == case and not r["error"]}
+    sides = [found.get(k, {}).get(way) for k, way in ((clients, key), other)]
+    return spread(sides[0]).median / spread(sides[1]).median if sides[0] and sides[1] else None
+
+
+def goal_table(runs: Sequence[dict[str, Any]]) -> Table:
+    """What a GPU is meant to show, beside what it showed."""
+    pair = [r["clients"] for r in runs if r["case"] == PAIR and r.get("alone")]
+    worst = [v for k in pair if (v := _ratio(runs, PAIR, k, "stacked", (k, "alone"))) is not None]
+    goals = [
+        ("100 dense clients: one by one / stacked", _ratio(runs, DENSE, 100, "alone", (100, "stacked")), 20.0, False),
+        ("100 small CNNs: one by one / stacked", _ratio(runs, SMALL, 100, "alone", (100, "stacked")), 5.0, False),
+        ("ResNet-18 pairs: stacked / one by one, worst", max(worst, default=None), 1.1, True),
+        ("200 dense clients / 10, stacked", _ratio(runs, DENSE, 200, "stacked", (10, "stacked")), 1.5, True),
+    ]
+    rows = []
+    for text, value, bound, most in goals:
+        reached = value is not None and (value <= bound if most else value >= bound)
+        verdict = "-" if value is None else "met" if reached else "missed"
+        shown = "not measured" if value is None else number(value)
+        rows.append((text, shown, f"{'<=' if most else '>='} {bound:g}", verdict))
+    return Table("Goals", ("times as long", "found", "goal", ""), tuple(rows))
+
+
+def step_table(steps: Sequence[dict[str, Any]]) -> Table:
+    """One step of a stack in several forms."""
+    rows = [
+        (r["case"], str(r["clients"]), r["form"], r["error"] or spread([1e3 * s for s in r["seconds"]]).text())
+        for r in steps
+    ]
+    return Table("One step of a stack", ("model", "clients", "form", "ms"), tuple(rows))
+
+
+def _write(out: Path, found: dict[str, Any], cases: Sequence[Case]) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(out / "gpu.json", found)
+    about, runs = found["machine"], found["runs"]
+    lines = [
+        f"# Stacked clients on {about['accelerator'] or about['processor']}",
+        "",
+        f"Measured {about['measured']}, torch {torch.__version__}, commit {about['commit'] or 'unknown'}. A value is",
+        "the median (smallest-largest). A round: 2 local epochs of 64 samples a client in batches of 32, drawn in it,",
+        "samples on the card, float32 without TF32. One step: forward, backward and update on fixed batches.",
+        "",
+        *[f"* {failure}" for failure in found["failures"]],
+        "",
+    ]
+    every = [goal_table(runs)]
+    every += [
+        table(c, mine, found["total_memory"]) for c in cases if (mine := [r for r in runs if r["case"] == c.name])
+    ]
+    every.append(step_table(found["steps"]))
+    write_bytes(out / "gpu.md", "\n".join([*lines, *(t.markdown() for t in every)]).encode())

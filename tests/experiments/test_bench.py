@@ -8,7 +8,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from experiments.bench import gpu, session
+from experiments.bench import session
 from experiments.bench.__main__ import main
 from experiments.bench.bare import BareLoop, for_strangers, lay_out
 from experiments.bench.contestant import ours
@@ -242,22 +242,6 @@ def test_a_check_passes_only_within_its_tolerance():
     assert check.passed
     assert not session.Check("w", "c", "bare loop", "float64", 1e-11, 1e-12).passed
     assert not session.Check("w", "c", "bare loop", "float64", 0.0, 1e-12, "did not end").passed
-
-
-def test_a_stack_of_clients_is_measured_against_clients_alone():
-    case = gpu.Case("dense", gpu.CASES[0].model, gpu.CASES[0].shapes, 40, (2, 3), 2)
-    records = gpu.measure(case, torch.device("cpu"), repeats=1)
-    assert [r["clients"] for r in records] == [2, 3]
-    assert len(records[0]["stacked"]) == len(records[0]["alone"]) == 1
-    assert "alone" not in records[1]
-    assert records[0]["distance"] < 1e-5
-    assert len(gpu.table(case, records, 10**9).rows) == 2
-
-
-def test_the_room_on_a_card_follows_from_the_growth_of_memory():
-    records = [{"clients": k, "memory": 100 + 10 * k, "error": ""} for k in (10, 20)]
-    assert gpu.room(records, 1100) == 100
-    assert gpu.room(records[:1], 1100) is None
 
 
 # -- whole runs -------------------------------------------------------------------------------------------------------
