@@ -142,7 +142,8 @@ def step_seconds(here: Workspace, clients: Sequence[int], broadcast: Tensors | N
     # Half-way: some objectives do something else in the first rounds.
     rows = list(clients) if here.stack is not None else clients[0]
     sight = {n: v[rows] if n.startswith("client.") else v for n, v in (broadcast or {}).items()}
-    sight = {n: v.to(here.device) for n, v in sight.items()} | {"round": torch.tensor(t.rounds // 2)}
+    sight = {n: v.to(here.device) for n, v in sight.items()}
+    sight["round"] = torch.tensor(t.rounds // 2, device=here.device)
     received = {n: v.detach().clone(memory_format=torch.contiguous_format) for n, v in here.model.state_dict().items()}
     began = perf_counter()
     if here.stack is not None:
