@@ -22,11 +22,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from fedmm.metrics.local import class_sums, predict
@@ -73,27 +72,32 @@ class Prototypes(Objective):
         for kind, source in sources.items():
             state[kind] = torch.stack([source[f"prototype.{m}"].to(dtype) for m in names], -3)
             state[f"{kind}_known"] = torch.stack([source[f"prototype_count.{m}"] > 0 for m in names], -2)
-        return state
+        attracting = "local" if self.variant == "v1" else "global"
+        return state | _centred(state[attracting], state[f"{attracting}_known"])
 
     def losses(self, model: MultimodalModel, batch: Batch, state: Tensors) -> tuple[Tensor, ...]:
         """The loss of the module's text; one optimiser step."""
         out = model(batch.x, batch.present)
         source = "local" if self.variant == "v1" else "global"
-        # All modalities side by side, [..., M, B]: as many operations as for one.
+        # All modalities side by side, [..., M, B, d]: as many operations as for one.
+        features = tuple(out.features.values())
         present = torch.stack([batch.present[m] for m in out.features], -2)
         y = batch.y.unsqueeze(-2).expand(present.shape)
-        known = state[f"{source}_known"]
-        each = prototype_cross_entropy(tuple(out.features.values()), state[source], known, batch.y)
-        given = present & known.gather(-1, y)
-        every = self.weak == "all"
-        chosen = each.new_ones(each.shape[:-1]) if every else weak_modality((-each.detach()).exp(), present)
-        # One weight a sample instead of a mean a modality: this way autograd has nothing to do for masks and choices.
-        term = (each * (self.alpha * _shares(given, chosen))).sum((-2, -1))
+        given = present & state[f"{source}_known"].gather(-1, y)
+        with torch.no_grad():
+            h = torch.stack(features, -3) - state["middle"]
+            distance = _distances(h, state)
+            logp = F.log_softmax(-distance, -2)
+            own = logp.gather(-2, y.unsqueeze(-2)).squeeze(-2)
+            every = self.weak == "all"
+            chosen = own.new_ones(own.shape[:-1]) if every else weak_modality(own.exp(), present)
+            shares = self.alpha * _shares(given, chosen)
+            slopes = _slopes(h, distance, logp.exp(), y, shares, state)
+        term = _with_slopes(-(shares * own).sum((-2, -1)), features, slopes)
         if self.variant == "v1":
-            own = torch.stack(list(out.features.values()), -3) - _of_class(state["global"], y)
-            distance = (own.square().sum(-1) + 1e-12).sqrt()
+            away = torch.stack(features, -3) - _of_class(state["global"], y)
             given = present & state["global_known"].gather(-1, y)
-            term = term + (distance * (self.beta * _shares(given, chosen))).sum((-2, -1))
+            term = term + ((away.square().sum(-1) + 1e-12).sqrt() * (self.beta * _shares(given, chosen))).sum((-2, -1))
         state |= {f"enhanced.{m}": chosen[..., slot] for slot, m in enumerate(out.features)}
         return (batch.mean(cross_entropy(out.logits, batch.y)) + term,)
 
@@ -137,81 +141,51 @@ def distance_logits(features: Tensor, prototypes: Tensor, known: Tensor) -> Tens
     return torch.where(known.unsqueeze(-2), -distance.to(features.dtype), -_FAR)
 
 
-def prototype_cross_entropy(features: Sequence[Tensor], prototypes: Tensor, known: Tensor, y: Tensor) -> Tensor:
-    """CE(l, y) of every sample, [..., M, B], for the logits of `distance_logits`, by a few large operations.
+def _centred(prototypes: Tensor, known: Tensor) -> Tensors:
+    """Prototypes [..., M, C, d] seen from their mean, for `_distances`; those unknown are far away.
 
-    Args:
-        features: h [..., B, d] of each of M modalities.
-        prototypes: C [..., M, C, d], without gradient.
-        known: Which classes have a prototype, bool [..., M, C]; samples of others get a finite number of no meaning.
-        y: Labels [..., B].
+    Lengths are then of the size of the distances, and their squares lose few digits.
     """
-    found: Tensor = _PrototypeCrossEntropy.apply(prototypes, known, y, *features)[0]  # type: ignore[no-untyped-call]
-    return found
-
-
-class _PrototypeCrossEntropy(torch.autograd.Function):
-    """The loss, and its gradient in closed form.
-
-        dL/dh = sum_c r_c (h - C_c),    r_c = g (1[c = y] - p_c) / ||h - C_c||
-
-    with p = softmax(l) and the incoming gradient g. Classes come before samples, [..., C, B]: softmax over a short
-    last axis takes ten times as long.
-    """
-
-    @staticmethod
-    def forward(prototypes: Tensor, known: Tensor, y: Tensor, *features: Tensor) -> tuple[Tensor, ...]:
-        dtype = features[0].dtype
-        c = prototypes.to(torch.promote_types(dtype, torch.float32))
-        # Seen from the mean of the prototypes, lengths are of the size of the distances: squares lose few digits.
-        middle = c.mean(-2, keepdim=True)
-        c = c - middle
-        h = c.new_empty(*c.shape[:-2], *features[0].shape[-2:])
-        for slot, own in enumerate(features):
-            torch.sub(own, middle.select(-3, slot), out=h.select(-3, slot))
-        flat, centres = h.flatten(0, -3), c.flatten(0, -3)
-        own_square = torch.linalg.vector_norm(flat, dim=-1).square_().unsqueeze(-2)
-        lengths = own_square + torch.linalg.vector_norm(centres, dim=-1).square_().unsqueeze(-1)
-        squares = torch.baddbmm(lengths, centres, flat.transpose(1, 2), alpha=-2)
+    c = prototypes.to(torch.promote_types(prototypes.dtype, torch.float32))
+    middle = c.mean(-2, keepdim=True)
+    c = c - middle
+    squares = c.square().sum(-1, keepdim=True)
+    return {
+        "middle": middle,
+        "centred": c,
+        "squares": torch.where(known.unsqueeze(-1), squares, _FAR**2),
         # Below that there are no digits left, and the direction of a gradient would be rounding alone.
-        distance = torch.maximum(squares, lengths.mul_(4 * torch.finfo(c.dtype).eps)).sqrt_().view(*c.shape[:-1], -1)
-        far = torch.where(known.unsqueeze(-1), distance, _FAR)
-        nearest = far.amin(-2, keepdim=True)
-        p = (nearest - far).exp_()
-        total = p.sum(-2, keepdim=True)
-        own = far.gather(-2, _along(y, h))
-        p.div_(total)
-        return total.log_().add_(own).sub_(nearest).squeeze(-2).to(dtype), h, c, distance, p
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.mark_non_differentiable(*output[1:])
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(inputs[2], *output[1:])
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor, *_: None) -> tuple[Tensor | None, ...]:
-        y, h, c, distance, p = ctx.saved_tensors
-        g = gradient.unsqueeze(-2).to(h.dtype)
-        r = (p * -g).scatter_add_(-2, _along(y, h), g).div_(distance.clamp(min=_SMALL)).flatten(0, -3)
-        found = h.flatten(0, -3) * r.sum(-2).unsqueeze(-1)
-        found = found.baddbmm_(r.transpose(1, 2), c.flatten(0, -3), alpha=-1).view(h.shape).to(gradient.dtype)
-        return None, None, None, *found.unbind(-3)
-
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Tensor) -> tuple[tuple[Tensor, ...], int]:
-        """One more leading axis."""
-        whole = [
-            t.expand(info.batch_size, *t.shape) if at is None else t.movedim(at, 0)
-            for t, at in zip(inputs, in_dims, strict=True)
-        ]
-        return _PrototypeCrossEntropy.apply(*whole), 0  # type: ignore[no-untyped-call]
+        "least": (4 * torch.finfo(c.dtype).eps * squares.amax(-2, keepdim=True)).clamp(min=_SMALL**2),
+    }
 
 
-def _along(y: Tensor, h: Tensor) -> Tensor:
-    """Labels [..., B] as places among the classes, [..., M, 1, B], of h [..., M, B, d]."""
-    return y.unsqueeze(-2).unsqueeze(-2).expand(*h.shape[:-2], 1, -1)
+def _distances(h: Tensor, state: Tensors) -> Tensor:
+    """||h - C_c||_2 of centred features [..., M, B, d], [..., M, C, B].
+
+    Classes come before samples: a softmax over a short last axis takes ten times as long.
+    """
+    own = torch.linalg.vector_norm(h, dim=-1).square().unsqueeze(-2)
+    lengths, c = own + state["squares"], state["centred"]
+    squares = torch.baddbmm(lengths.flatten(0, -3), c.flatten(0, -3), h.flatten(0, -3).transpose(1, 2), alpha=-2)
+    return torch.maximum(squares.view(lengths.shape), state["least"]).sqrt()
+
+
+def _slopes(h: Tensor, distance: Tensor, p: Tensor, y: Tensor, shares: Tensor, state: Tensors) -> Tensor:
+    """Gradient of sum_i shares_i CE(l, y)_i with respect to h, [..., M, B, d], in closed form.
+
+    sum_c r_c (h - C_c),    r_c = shares (1[c = y] - p_c) / ||h - C_c||
+    """
+    shares = shares.unsqueeze(-2)
+    r = (p * -shares).scatter_add(-2, y.unsqueeze(-2), shares) / distance
+    c, flat = state["centred"].flatten(0, -3), r.flatten(0, -3).transpose(1, 2)
+    return (h * r.sum(-2).unsqueeze(-1)).flatten(0, -3).baddbmm(flat, c, alpha=-1).view(h.shape)
+
+
+def _with_slopes(value: Tensor, inputs: Sequence[Tensor], slopes: Tensor) -> Tensor:
+    """`value` [...], whose gradient with respect to input m [..., B, d] is slopes[..., m, :, :]."""
+    lines = [(x * slope).sum((-2, -1)) for x, slope in zip(inputs, slopes.unbind(-3), strict=True)]
+    line = torch.stack(lines).sum(0)
+    return value + (line - line.detach())
 
 
 def weak_modality(truth: Tensor, present: Tensor) -> Tensor:
@@ -224,4 +198,5 @@ def weak_modality(truth: Tensor, present: Tensor) -> Tensor:
         present: bool [..., M, B].
     """
     sums = torch.where(present.all(-2, keepdim=True), truth, 0.0).sum(-1)
-    return F.one_hot(sums.argmin(-1), sums.shape[-1]).to(sums.dtype)
+    slots = torch.arange(sums.shape[-1], device=sums.device)
+    return (slots == sums.argmin(-1, keepdim=True)).to(sums.dtype)
