@@ -8,7 +8,7 @@ run of places is a node of that tree, wherever it was computed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -89,6 +89,9 @@ class Gathered(Sequence[Update]):
     def __getitem__(self, index: int) -> Update:  # type: ignore[override]
         return self.updates[index]
 
+    def __iter__(self) -> Iterator[Update]:
+        return iter(self.updates)
+
 
 def blockwise_mean(
     previous: Tensors,
@@ -114,10 +117,15 @@ def blockwise_mean(
     ordered = sorted(updates, key=lambda u: u.place if placed else u.client)  # type: ignore[arg-type,return-value]
     by_place = {(u.place if placed else i): u for i, u in enumerate(ordered)}
     weights = {p: float(u.samples) if weight is None else weight(u) for p, u in by_place.items()}
-    owners: dict[str, list[int | None]] = {}
+    alike: dict[tuple[str, ...], list[int]] = {}
     for p, u in by_place.items():
-        for block in u.trained:
-            owners.setdefault(block, []).append(p)
+        alike.setdefault(u.trained, []).append(p)  # type: ignore[arg-type]
+    owners = {
+        block: sorted(p for blocks, those in alike.items() if block in blocks for p in those)
+        for block in dict.fromkeys(b for blocks in alike for b in blocks)
+    }
+    mass = {block: sum(weights[p] for p in mine) for block, mine in owners.items()}
+    narrow = any(u.held for u in updates)
 
     gathered = updates if isinstance(updates, Gathered) else Gathered(tuple(updates))
 
@@ -143,11 +151,11 @@ def blockwise_mean(
             result[name] = old
         elif not is_float(old):
             result[name] = torch.stack([by_place[p].model[name] for p in mine]).amax(0)
-        elif any(name in by_place[p].held for p in mine):
+        elif narrow and any(name in by_place[p].held for p in mine):
             holders = [(by_place[p].held.get(name, old.shape), weights[p]) for p in mine]
             result[name] = held_mean(total[name], holders, old).to(old.dtype)
         else:
-            result[name] = (total[name] / sum(weights[p] for p in mine)).to(old.dtype)
+            result[name] = (total[name] / mass[block_of(name)]).to(old.dtype)
     return result
 
 

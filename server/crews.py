@@ -201,18 +201,20 @@ class Crews:
             columns = [t.unbind(0) for t in report.values()]
             rows = [dict(zip(report, row, strict=True)) for row in zip(*columns, strict=True)]
             picks = [by_place[place] for place in group.places]
-            expected = order.expected(picks[0])
-            for i, pick in enumerate(picks):
+            # All of a group own and train the same.
+            expected, modalities = order.expected(picks[0]), picks[0].modalities
+            complete = set(modalities) == set(expected.owned)
+            for i, (pick, loss, steps) in enumerate(zip(picks, group.loss.tolist(), group.steps.tolist(), strict=True)):
                 answers.updates.append(
                     Update(
                         pick.client,
                         order.samples[pick.client],
-                        pick.modalities,
+                        modalities,
                         {},
                         rows[i] if rows else {},
-                        float(group.loss[i]),
-                        set(pick.modalities) == set(expected.owned),
-                        int(group.steps[i]),
+                        loss,
+                        complete,
+                        steps,
                         group.places[i],
                         group.blocks,
                         expected.held,

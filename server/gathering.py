@@ -40,6 +40,9 @@ def sizes_of(plan: Plan) -> Sizes:
     return Sizes(len(plan.dataset.classes), model.features, model.unimodal_heads)
 
 
+_NO_TERMS = Terms()
+
+
 class _Parameters(dict[tuple[str, ...], int]):
     """Modalities -> numbers of the model that serve them, counted when first asked for."""
 
@@ -106,7 +109,7 @@ class Collector:
         if round == 0:  # the bootstrap is one epoch for everybody
             terms = {k: replace(own, epochs=None) for k, own in terms.items()}
         picks = sorted(picks, key=lambda p: p.client)
-        own = [terms.get(p.client, Terms()) for p in picks] if terms else [Terms()] * len(picks)
+        own = [terms.get(p.client, _NO_TERMS) for p in picks]
         passes = np.array([t.epochs or epochs for t in own], dtype=np.int64)
         batch = np.array([t.batch_size or train.batch_size for t in own], dtype=np.int64)
         sizes = np.array([samples[p.client] for p in picks], dtype=np.int64)
@@ -172,4 +175,4 @@ class Collector:
 
     def terms_of(self, client: int) -> Terms:
         """A client's own terms."""
-        return self.terms.get(client, Terms())
+        return self.terms.get(client, _NO_TERMS)

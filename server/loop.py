@@ -7,6 +7,7 @@ mode (`server.asynchronous`) a round is the making of one model version, and an 
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -58,6 +59,7 @@ class Server:
         self.timing: Timing | None = None
         self.asynchronous: Asynchronous | None = None
         self.best: tuple[float, int, Tensors] = (-1.0, 0, {})
+        self._recorded = 0
         self.totals: dict[str, float] = dict.fromkeys(
             ("bytes_up", "bytes_down", "replies_expected", "replies_used", "seconds"), 0
         )
@@ -232,7 +234,7 @@ class Server:
         try:
             return self.policy.enough(asked, used, round)
         except RunError:
-            self.directory.update_manifest({"events": [e.record() for e in self.policy.events]})
+            self._record_events()
             raise
 
     def _broadcast(self) -> Tensors:
@@ -281,13 +283,16 @@ class Server:
         if total:
             loss = sum(u.loss * u.samples for u in updates) / total
             rows.append(Row(round, "train", "global", None, "fused", "loss", loss))
+        trained = Counter(u.modalities for u in updates)
         for m in self.federates.modalities:
-            trained = float(sum(m in u.modalities for u in updates))
-            rows.append(Row(round, "train", "global", None, m, "clients_trained", trained))
+            clients = float(sum(count for kind, count in trained.items() if m in kind))
+            rows.append(Row(round, "train", "global", None, m, "clients_trained", clients))
         for u in updates:
-            rows += [Row(round, "train", "client", u.client, m, "selected", 1.0) for m in u.modalities]
-            rows.append(Row(round, "train", "client", u.client, "fused", "samples", float(u.samples)))
-            rows.append(Row(round, "train", "client", u.client, "fused", "loss", u.loss))
+            client = u.client
+            for m in u.modalities:
+                rows.append(Row(round, "train", "client", client, m, "selected", 1.0))
+            rows.append(Row(round, "train", "client", client, "fused", "samples", float(u.samples)))
+            rows.append(Row(round, "train", "client", client, "fused", "loss", u.loss))
         return rows + method_rows(round, updates, self.federates.modalities)
 
     def _traffic_rows(self, round: int) -> list[Row]:
@@ -303,10 +308,16 @@ class Server:
         self.totals["bytes_up"] += sum(self.session.traffic.up.values())
         self.totals["bytes_down"] += sum(self.session.traffic.down.values())
         self.directory.append(rows)
-        self.directory.update_manifest({"events": [e.record() for e in self.policy.events]})
+        self._record_events()
         if round % self.config.checkpoint.every == 0 or round == self.config.train.rounds:
             save_checkpoint(self.directory.checkpoints, self._checkpoint(round), self.config.checkpoint.keep)
         self.round = round
+
+    def _record_events(self) -> None:
+        """Write the policy's events to the manifest, if there are new ones."""
+        if len(self.policy.events) != self._recorded:
+            self.directory.update_manifest({"events": [e.record() for e in self.policy.events]})
+            self._recorded = len(self.policy.events)
 
     def _checkpoint(self, round: int) -> Checkpoint:
         tensors = {f"model/{n}": t for n, t in self.model.items()}
@@ -351,7 +362,7 @@ class Server:
         validation = self._evaluate(model, "val", rounds, probes)
         test = self._evaluate(model, "test", rounds, probes)
         self.directory.append(figure_rows(rounds, "test", test))
-        self.directory.update_manifest({"events": [e.record() for e in self.policy.events]})
+        self._record_events()
         short = self.totals["replies_used"] < self.totals["replies_expected"]
         gap = test.pop("modality_gap")
         validation.pop("modality_gap")

@@ -7,6 +7,7 @@ file knows which.
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -175,24 +176,25 @@ class Session:
 
     def train(self, order: Order, parcel: Parcel) -> Answers:
         """Have clients train once; everything that came is admitted or refused, and metered."""
-        widths = {p.client: order.terms.get(p.client, Terms()).width for p in order.picks}
-        for pick in order.picks:
-            self.traffic.add(self.traffic.down, parcel.size(order.expected(pick).owned, widths[pick.client]))
+        widths = {k: terms.width for k, terms in order.terms.items()}
+        for (owned, width), count in Counter(
+            (order.expected(p).owned, widths.get(p.client)) for p in order.picks
+        ).items():
+            self.traffic.add(self.traffic.down, parcel.size(owned, width), count)
         if self.crews is not None:
             personal = None if parcel.personal is None else parcel.personal_part
             answers = self.crews.train(order, parcel.model, parcel.broadcast, personal)
         else:
             answers = self._train_by_messages(order, parcel)
-        sizes: dict[tuple[tuple[str, ...], int | None], dict[str, int]] = {}
-        for u in answers.updates:
-            kind = u.trained, widths[u.client]
-            if kind not in sizes:
-                held = parcel.model | parcel.part(u.modalities, widths[u.client])
-                sizes[kind] = bytes_per_block({n: t for n, t in held.items() if block_of(n) in set(u.trained)})
-            self.traffic.add(self.traffic.up, sizes[kind])
-            seen = method_sums(u.report)
-            if len(seen) < len(u.report):
-                self.traffic.add(self.traffic.up, {"report": _bytes(u.report) - _bytes(seen)})
+        kinds = Counter((u.trained, u.modalities, widths.get(u.client)) for u in answers.updates)
+        for (trained, modalities, width), count in kinds.items():
+            held, blocks = parcel.model | parcel.part(modalities, width), set(trained)
+            size = bytes_per_block({n: t for n, t in held.items() if block_of(n) in blocks})
+            self.traffic.add(self.traffic.up, size, count)
+        for report in [u.report for u in answers.updates if u.report]:
+            seen = method_sums(report)
+            if len(seen) < len(report):
+                self.traffic.add(self.traffic.up, {"report": _bytes(report) - _bytes(seen)})
             if seen:
                 self.traffic.add(self.traffic.up, {OBSERVATION: _bytes(seen)})
         return answers

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import platform
 import shlex
@@ -12,6 +11,7 @@ from collections.abc import Iterable
 from datetime import UTC, datetime
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
+from math import isfinite
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -186,17 +186,17 @@ def _plain(row: Any) -> tuple[Any, ...]:
 
 def _line(row: Row) -> str:
     """A row as JSON; a round of a hundred clients has hundreds, hence no general encoder."""
-    client = "null" if row.client is None else row.client
-    value = repr(float(row.value)) if row.value is not None and math.isfinite(row.value) else "null"
-    return (
-        f'{{"round": {row.round}, "split": {_text(row.split)}, "scope": {_text(row.scope)}, "client": {client}, '
-        f'"modality": {_text(row.modality)}, "metric": {_text(row.metric)}, "value": {value}}}\n'
-    )
+    round, split, scope, client, modality, metric, value = row
+    before, between = _text(split, scope, modality, metric)
+    number = repr(float(value)) if value is not None and isfinite(value) else "null"
+    return f'{{"round": {round}{before}{"null" if client is None else client}{between}{number}}}\n'
 
 
-@lru_cache(maxsize=1024)
-def _text(value: str) -> str:
-    return json.dumps(value)
+@lru_cache(maxsize=4096)
+def _text(split: str, scope: str, modality: str, metric: str) -> tuple[str, str]:
+    """What stands in a row's line between its round and its client, and between that and its value."""
+    before = f', "split": {json.dumps(split)}, "scope": {json.dumps(scope)}, "client": '
+    return before, f', "modality": {json.dumps(modality)}, "metric": {json.dumps(metric)}, "value": '
 
 
 def _provenance(config: Config) -> dict[str, Any]:
