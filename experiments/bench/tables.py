@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from experiments.bench.figures import Spread, number, ratios, spread
 from experiments.bench.results import Record
@@ -190,13 +190,12 @@ def selection_table(found: Sequence[Record]) -> Table:
 
 
 def tables(suite: Suite, records: Sequence[Record]) -> list[Table]:
-    """All tables of a suite."""
+    """All tables of a suite, with the workloads that were measured."""
     mine = [r for r in records if r["suite"] == suite.name]
+    if not mine:
+        return []
+    suite = replace(suite, workloads=tuple(w for w in suite.workloads if any(r["workload"] == w.name for r in mine)))
     makers: list[Callable[[], Table | None]] = [lambda f=f: measured(suite, mine, f) for f in FIGURES]  # type: ignore[misc]
-    makers[1:1] = [
-        lambda: ratio_table(suite, mine),
-        lambda: method_table(suite, mine),
-        lambda: layout_table(suite, mine),
-    ]
+    makers[1:1] = [lambda maker=maker: maker(suite, mine) for maker in (ratio_table, method_table, layout_table)]  # type: ignore[misc]
     makers.append(lambda: measured(suite, mine, OVERHEAD))
     return [table for make in makers if (table := make()) is not None]

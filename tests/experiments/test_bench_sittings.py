@@ -17,6 +17,7 @@ from experiments.bench.launch import FLOWER, INPROC, RAY
 from experiments.bench.results import Results, begin
 from experiments.bench.stopwatch import FEWEST, Stopwatch
 from experiments.bench.suites import Suite, suites
+from experiments.bench.tables import tables
 from experiments.bench.workloads import HEADLINE, LARGE, METHODS, Workload
 from fedmm.errors import ConfigError, RunError
 
@@ -134,6 +135,13 @@ def test_the_code_digest_follows_the_engine_and_not_the_tables(tmp_path, monkeyp
     assert machine.code() == found
     (tmp_path / "server" / "loop.py").write_text("a = 2")
     assert machine.code() != found
+
+
+def test_a_suite_without_a_run_has_no_table_and_a_workload_without_one_no_column():
+    assert tables(SUITE, []) == []
+    found = tables(SUITE, [record("s", "other", "ray", seconds=0.1, parameters=10)])
+    assert found[0].columns == ("", "other")
+    assert found[0].rows == (("ray", "100"),)
 
 
 # -- time -------------------------------------------------------------------------------------------------------------
