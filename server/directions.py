@@ -193,13 +193,12 @@ class Directions(Knowledge):
             for change in updates.changes if isinstance(updates, Gathered) else ():
                 mine = [i for i, client in enumerate(change.clients) if client in refreshed]
                 if mine:
+                    some: slice | list[int] = slice(None) if len(mine) == len(change.clients) else mine
                     parts = [
-                        change.rows[n] if n in change.rows else sent[n].new_zeros(len(change.clients), sent[n].numel())
+                        change.rows[n][some] if n in change.rows else torch.zeros(len(mine), sent[n].numel())
                         for n in names
                     ]
-                    rows = torch.cat(parts, 1)
-                    some = rows if len(mine) == len(rows) else rows[mine]
-                    self.learn_rows(key, [change.clients[i] for i in mine], some)
+                    self._learn_parts(key, [change.clients[i] for i in mine], parts)
             fresh = [u for u in refreshed.values() if u.model]
             step = max(1, _CHUNK // max(1, length))
             for part in (fresh[i : i + step] for i in range(0, len(fresh), step)):
@@ -216,13 +215,24 @@ class Directions(Knowledge):
             clients: Whose they are, all different.
             rows: Differences sent - received [k, P], coordinates as the class's text says (`covered`).
         """
-        length = rows.shape[1]
+        self._learn_parts(key, clients, [rows])
+
+    def _learn_parts(self, key: str, clients: Sequence[int], parts: Sequence[Tensor]) -> None:
+        """`learn_rows` of rows in parts [k, n] that lie side by side."""
+        length = sum(part.shape[1] for part in parts)
         vectors, sketched = self._vectors(key, length)
-        seed = seeding.derive(0, f"directions/{key}", length)
-        step = max(1, _CHUNK // max(1, length))
-        for start in range(0, len(clients), step):
-            part = rows[start : start + step].to(vectors.dtype)
-            vectors[list(clients[start : start + step])] = sketch(part, WIDTH, seed) if sketched else part
+        if sketched:
+            seed, rows = seeding.derive(0, f"directions/{key}", length), torch.cat(list(parts), 1)
+            step = max(1, _CHUNK // max(1, length))
+            for start in range(0, len(clients), step):
+                some = rows[start : start + step].to(vectors.dtype)
+                vectors[list(clients[start : start + step])] = sketch(some, WIDTH, seed)
+        else:
+            # NumPy copies whole rows, a few times as fast as an indexed assignment here.
+            into, at = vectors.numpy(), 0
+            for part in parts:
+                into[list(clients), at : at + part.shape[1]] = part.numpy()
+                at += part.shape[1]
         for (cached, _), (_, _, stale) in self._distances.items():
             if cached == key:
                 stale.update(clients)

@@ -21,7 +21,7 @@ from fedmm.types import ClientData, Outputs, Tensors
 _CHUNK = 512
 """Samples of a client that pass through a model at a time."""
 
-_STACKED_CHUNK = 128
+_STACKED_CHUNK = 256
 """Samples likewise of each client of a stack where clients without any more are left out."""
 
 
