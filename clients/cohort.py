@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from time import perf_counter
 
 import numpy as np
@@ -92,6 +92,7 @@ def train_stack(
     round: int,
     requests: Sequence[str] = (),
     meter: Meter | None = None,
+    company: Sequence[Member] = (),
 ) -> StackResult:
     """Train all members, which train the same modalities, from the received weights.
 
@@ -107,11 +108,16 @@ def train_stack(
         round: Round, for the seed tree.
         requests: Statistics to report (`fedmm.metrics.local.STATISTICS`).
         meter: Collects the time of training proper.
+        company: The stack that the members are a part of, if the others do not train here: it sets the widths, so
+            that no sum is cut up differently.
     """
     order, plan = _schedule(members, pool.sizes[[m.client for m in members]])
+    if company:
+        _, whole = _schedule(company, pool.sizes[[m.client for m in company]])
+        plan = replace(plan, widths=whole.widths[: len(plan.widths)], longest=whole.longest)
     members, meter = [members[i] for i in order], meter or Meter()
     count, names = len(members), [m for m in pool.x if m in set(modalities)]
-    starts = torch.as_tensor(pool.starts[[m.client for m in members]], device=pool.y.device)
+    starts = pool.starts[[m.client for m in members]]
     model = stack.model
     shared = stack.expand_all(received, count)
     own_rows = torch.as_tensor(order, device=pool.y.device)
@@ -121,7 +127,7 @@ def train_stack(
     def everything() -> ClientData:
         # Only some objectives and statistics look at all samples of a client.
         if not own:
-            own.append(_whole(pool, starts, plan.samples, list(pool.x) if requests else names))
+            own.append(_whole(pool, starts, plan, list(pool.x) if requests else names))
         return own[0]
 
     report: Tensors = {}
@@ -190,6 +196,9 @@ class _Plan:
         batch_size: [K].
         epochs: [K].
         sizes: True batch size of each step [K, S].
+        active: Clients that are not done, of each step [S].
+        widths: Rows of a batch of each step [S].
+        longest: Rows that all samples of a client are filled up to.
     """
 
     samples: Counts
@@ -198,6 +207,9 @@ class _Plan:
     batch_size: Counts
     epochs: Counts
     sizes: Counts
+    active: Counts
+    widths: Counts
+    longest: int
 
 
 def _schedule(members: Sequence[Member], samples: Counts) -> tuple[Counts, _Plan]:
@@ -210,7 +222,9 @@ def _schedule(members: Sequence[Member], samples: Counts) -> tuple[Counts, _Plan
     within = np.arange(int(steps[0]))[None, :] % epoch_steps[:, None]
     sizes = np.minimum(samples[:, None] - within * batch[:, None], batch[:, None])
     sizes = np.where(np.arange(int(steps[0]))[None, :] < steps[:, None], sizes, 0)
-    return order, _Plan(samples, steps, epoch_steps, batch, epochs, sizes)
+    active = (steps[:, None] > np.arange(int(steps[0]))).sum(0)
+    widths = -(-sizes.max(0) // _WIDTH) * _WIDTH
+    return order, _Plan(samples, steps, epoch_steps, batch, epochs, sizes, active, widths, _up(int(samples.max())))
 
 
 def _batches(plan: _Plan, members: Sequence[Member], seed: int, round: int) -> npt.NDArray[np.int64]:
@@ -227,7 +241,7 @@ def _batches(plan: _Plan, members: Sequence[Member], seed: int, round: int) -> n
     number = np.arange(int(count.sum())) - np.repeat(np.cumsum(count) - count, count)
     client, epoch = np.repeat(client, count), np.repeat(epoch, count)
     step, place = np.divmod(number, plan.batch_size[client])
-    index = np.zeros((plan.sizes.shape[1], len(members), _up(int(plan.sizes.max()))), dtype=np.int64)
+    index = np.zeros((plan.sizes.shape[1], len(members), int(plan.widths.max())), dtype=np.int64)
     index[epoch * plan.epoch_steps[client] + step, client, place] = torch.cat(draws).numpy()
     return index
 
@@ -240,7 +254,7 @@ def _train(
     pool: Pool,
     members: Sequence[Member],
     modalities: Sequence[str],
-    starts: Tensor,
+    starts: Counts,
     plan: _Plan,
     state: Tensors,
     added: Tensors,
@@ -254,28 +268,20 @@ def _train(
     `state` is left as the last step of each client left it; `added` is added to every gradient.
     """
     count, device = len(members), pool.y.device
-    rows = torch.as_tensor(_batches(plan, members, seed, round), device=device)
-    sizes = torch.as_tensor(plan.sizes.T, device=device)
-    stretch = max(1, _GATHERED // (pool.sample_bytes(modalities) * rows[0].numel()))
-    active_at = (plan.steps[:, None] > np.arange(len(rows))).sum(0)
-    widths = [_up(n) for n in plan.sizes.max(0).tolist()]
-    last = np.arange(len(rows))[:, None] >= (plan.steps - plan.epoch_steps)[None, :]
+    last = np.arange(len(plan.active))[:, None] >= (plan.steps - plan.epoch_steps)[None, :]
     counted = torch.as_tensor(plan.sizes.T * last, device=device).to(torch.float64).unbind(0)
     counts_at = last.any(1).tolist()
     dtype = next(iter(received.values())).dtype
+    feed = _fed(pool, modalities, starts, plan, _batches(plan, members, seed, round), dtype)
     noisy = type(objective).noise is not Objective.noise
     generators = [seeding.torch_rng(seed, "noise", round, m.client) for m in members] if noisy else []
     total = torch.zeros(count, dtype=torch.float64, device=device)
     optimiser = StackedSGD(stack, received, trained, count, members[0].schedule)
     kept = [n for n in state if n.startswith("kept.")]
     active, mine, parts = -1, state, 1
-    for step in range(len(rows)):
-        if step % stretch == 0:
-            part_of = slice(step, step + stretch)
-            feed = _feed(pool, modalities, starts, rows[part_of], sizes[part_of], dtype)
-        now = int(active_at[step])
-        if now != active:
-            active = now
+    for step in range(len(plan.active)):
+        if plan.active[step] != active:
+            active = int(plan.active[step])
             mine = {n: t[:active] for n, t in state.items()}
             optimiser.narrow(active)
             ones = torch.ones(active, dtype=dtype, device=device)
@@ -286,7 +292,7 @@ def _train(
                 state[n] = state[n].index_copy(0, which, fresh)
             mine = {n: t[:active] for n, t in state.items()}
             optimiser.narrow(active)
-        batch = feed.batch(step % stretch, active, widths[step])
+        batch = next(feed)
         part, parts = 0, 1
         while part < parts:
             with meter.running():
@@ -316,74 +322,65 @@ def _train(
     return optimiser.weights(), total.cpu(), parts
 
 
-class _Feed:
-    """The batches of a stretch of steps.
+def _fed(
+    pool: Pool,
+    modalities: Sequence[str],
+    starts: Counts,
+    plan: _Plan,
+    index: npt.NDArray[np.int64],
+    dtype: torch.dtype,
+) -> Iterator[Batch]:
+    """The batch of every step: of the clients that are not done, as wide as the largest of them needs.
 
-    Args:
-        x, present, y, index, weight: Gathered samples, [S, K, B, ...] each.
-        whole: Modalities that every sample has.
-    """
-
-    def __init__(
-        self, x: Tensors, present: Tensors, y: Tensor, index: Tensor, weight: Tensor, whole: frozenset[str]
-    ) -> None:
-        self._shape = index.shape[1:]
-        self._x = {m: t.unbind(0) for m, t in x.items()}
-        self._present = {m: t.unbind(0) for m, t in present.items()}
-        self._y, self._index, self._weight = y.unbind(0), index.unbind(0), weight.unbind(0)
-        self._whole = whole
-
-    def batch(self, step: int, active: int, width: int) -> Batch:
-        """The first clients' batch of one step."""
-        if (active, width) == self._shape:
-
-            def part(steps: Sequence[Tensor]) -> Tensor:
-                return steps[step]
-        else:
-
-            def part(steps: Sequence[Tensor]) -> Tensor:
-                return steps[step][:active, :width]
-
-        return Batch(
-            {m: part(x) for m, x in self._x.items()},
-            Presence({m: part(p) for m, p in self._present.items()}, self._whole),
-            part(self._y),
-            part(self._index),
-            part(self._weight),
-        )
-
-
-def _feed(
-    pool: Pool, modalities: Sequence[str], starts: Tensor, index: Tensor, sizes: Tensor, dtype: torch.dtype
-) -> _Feed:
-    """Gather the samples of some steps.
+    The samples of several steps are gathered at once, one step behind the other.
 
     Args:
         pool: Samples of all clients.
         modalities: Those to train.
         starts: First row of each client in the pool [K].
+        plan: Who does how many steps.
         index: Row of each sample in its client's data [S, K, B].
-        sizes: True batch sizes [S, K].
         dtype: Of the samples' weights.
     """
-    at = (index + starts.unsqueeze(1)).flatten()
-    real = torch.arange(index.shape[2], device=index.device) < sizes.unsqueeze(2)
-    whole = pool.complete.intersection(modalities)
-    return _Feed(
-        {m: pool.x[m].index_select(0, at).view(*index.shape, *pool.x[m].shape[1:]) for m in modalities},
-        {m: real if m in whole else pool.present[m][at].view(index.shape) & real for m in modalities},
-        pool.y.index_select(0, at).view(index.shape),
-        index,
-        real.to(dtype) / sizes.unsqueeze(2).clamp(min=1),
-        whole,
-    )
+    whole, device = pool.complete.intersection(modalities), pool.y.device
+    shapes = list(zip(plan.active.tolist(), plan.widths.tolist(), strict=True))
+    rows = [active * width for active, width in shapes]
+    clients, places = np.arange(index.shape[1])[:, None], np.arange(index.shape[2])
+    here = (clients < plan.active[:, None, None]) & (places < plan.widths[:, None, None])
+    sizes = plan.sizes.T[:, :, None]
+    own, home = index[here], np.broadcast_to(starts[:, None], index.shape)[here]
+    own, at = (torch.as_tensor(found, device=device) for found in (own, own + home))
+    filled = np.broadcast_to(places < sizes, index.shape)[here]
+    real = torch.as_tensor(filled, device=device)
+    weight = torch.as_tensor(filled / np.broadcast_to(np.maximum(sizes, 1), index.shape)[here], device=device).to(dtype)
+
+    def each(t: Tensor, steps: slice = slice(None)) -> list[Tensor]:
+        parts = zip(t.split(rows[steps]), shapes[steps], strict=True)
+        return [part.view(*shape, *t.shape[1:]) for part, shape in parts]
+
+    there = each(real)
+    present = {m: there if m in whole else each(pool.present[m][at] & real) for m in modalities}
+    rest = list(zip(each(pool.y.index_select(0, at)), each(own), each(weight), strict=True))
+    ends, size = np.cumsum(rows), pool.sample_bytes(modalities)
+    stretch_of = ends * size // _GATHERED
+    for stretch in np.unique(stretch_of):
+        first, last = np.flatnonzero(stretch_of == stretch)[[0, -1]].tolist()
+        steps = slice(first, last + 1)
+        some = at[ends[first] - rows[first] : ends[last]]
+        x = {m: each(pool.x[m].index_select(0, some), steps) for m in modalities}
+        for i in range(first, last + 1):
+            yield Batch(
+                {m: t[i - first] for m, t in x.items()},
+                Presence({m: t[i] for m, t in present.items()}, whole),
+                *rest[i],
+            )
 
 
-def _whole(pool: Pool, starts: Tensor, samples: Counts, modalities: Sequence[str]) -> ClientData:
+def _whole(pool: Pool, starts: Counts, plan: _Plan, modalities: Sequence[str]) -> ClientData:
     """All samples of every member, filled up to a common number of rows."""
-    place = torch.arange(_up(int(samples.max())), device=pool.y.device)
-    real = place < torch.as_tensor(samples, device=pool.y.device).unsqueeze(1)
-    at = starts.unsqueeze(1) + torch.where(real, place, 0)
+    place = torch.arange(plan.longest, device=pool.y.device)
+    real = place < torch.as_tensor(plan.samples, device=pool.y.device).unsqueeze(1)
+    at = torch.as_tensor(starts, device=pool.y.device).unsqueeze(1) + torch.where(real, place, 0)
     return ClientData(
         {m: pool.x[m][at] for m in modalities},
         {m: pool.present[m][at] & real for m in modalities},
