@@ -91,7 +91,7 @@ def _encoded(model: MultimodalModel, data: ClientData, m: str) -> list[_Encoded]
         here, given = present[rows], x[rows]
         if masked:
             given = torch.where(here.reshape(*here.shape, *[1] * (given.dim() - here.dim())), given, 0.0)
-        if some:
+        if some and some[0].stop < len(data.y):
             h = functional_call(encoder, {n: t[some] for n, t in encoder.named_parameters()}, (given,))
         else:
             h = encoder(given)

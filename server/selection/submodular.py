@@ -192,13 +192,13 @@ class CMSFed(_Greedy):
         weak_name = situation.federates.modalities[weak]
         owned = situation.federates.owned
         field, size = self._field(situation, count, rng), self._step(situation, count)
-        cover_all = field.cover(directions, "joint", self.normalize_delta)
         owners = np.array([weak_name in owned[k] for k in field.sites], dtype=bool)
         lags = imbalance.local_ratios(dominant, weak)[field.sites] > self.theta
         cover_weak: Cover | None = None
         # Where no owner is above theta, the weak candidate is never picked, whoever it is.
         if (lags & owners)[field.pool].any():
             cover_weak = field.cover(directions, f"encoder.{weak_name}", self.normalize_delta)
+        cover_all = field.cover(directions, "joint", self.normalize_delta)
         pool, picks = field.pool, list[Pick]()
         while len(picks) < count and len(pool):
             step = pool if size is None else draw(rng, pool, size)

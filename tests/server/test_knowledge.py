@@ -216,3 +216,21 @@ def test_distances_of_too_many_clients_are_not_kept(monkeypatch):
     known.learn_rows("joint", range(40), torch.zeros(40, 2))
     with pytest.raises(ValueError, match="40 clients"):
         known.distances("joint")
+
+
+@pytest.mark.parametrize("normalise", [False, True])
+def test_single_precision_is_enough_for_distances_and_does_not_depend_on_what_is_computed_with_it(normalise):
+    """Near pairs included; rows brought up to date are, to the bit, those of a run that was resumed."""
+    rng = np.random.default_rng(0)
+    v = rng.normal(size=(60, 9000)) + 3 * rng.normal(size=9000)
+    v[1] = v[0] + 0.01 * rng.normal(size=9000)
+    v[2] = v[0] + 1e-4 * rng.normal(size=9000)
+    vectors = torch.tensor(v, dtype=torch.float32)
+    w = vectors.numpy().astype(np.float64)
+    w = w / np.linalg.norm(w, axis=1, keepdims=True) if normalise else w
+    D = distances(vectors, normalise)
+    np.testing.assert_allclose(D, [np.linalg.norm(w - row, axis=1) for row in w], rtol=3e-6, atol=1e-15)
+    for rows in ([7], [0, 2, 59], list(range(3, 40))):
+        known = D.copy()
+        known[rows] = known[:, rows] = -1
+        assert np.array_equal(distances(vectors, normalise, rows, known), D)
