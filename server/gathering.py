@@ -116,7 +116,14 @@ class Collector:
         steps = passes * -(-sizes // batch)
         order = Order(
             picks=picks,
-            places=arrange(picks, steps, passes * sizes, self._parameters, self._cohort),
+            places=arrange(
+                picks,
+                steps,
+                passes * sizes,
+                self._parameters,
+                self._cohort,
+                halved=self._plan.config.engine.device == "cpu",
+            ),
             weights={
                 p.client: strategy.weight(n, s) for p, n, s in zip(picks, sizes.tolist(), steps.tolist(), strict=True)
             },

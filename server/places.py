@@ -23,7 +23,7 @@ from server.selection import Pick
 
 _STEP = 10e6
 """What a step costs whatever the number of clients in it, in units of a sample's pass through one parameter; this and
-the next two are measured on a CPU."""
+the next three are measured on a CPU."""
 
 _CLIENT_STEP = 20.0
 """What a client adds to a step besides its samples, chiefly the update of its weights, in samples."""
@@ -31,10 +31,16 @@ _CLIENT_STEP = 20.0
 _CLIENT = 50.0
 """What a client costs besides its steps, chiefly its place in the sums, in samples."""
 
+_STACK = 2
+"""What one more stack costs besides its clients and their steps, in steps."""
+
 _FEW = 4
 """A stack for fewer clients is not worth a second process."""
 
-_HALVINGS = 16
+_MANY = 8
+"""So many stacks have even halves whatever each costs."""
+
+_HALVINGS = 10
 
 Counts = npt.NDArray[np.int64]
 
@@ -52,11 +58,13 @@ def arrange(
     samples: Counts,
     parameters: Mapping[tuple[str, ...], int],
     cohort: int,
+    *,
+    halved: bool = True,
 ) -> dict[int, int]:
     """Place of each client in the round's order; places have gaps, as each stack begins at a multiple of `cohort`.
 
     Clients that train the same modalities come together, those with more steps first, and only they share a stack.
-    The order is cut into an even number of stacks that take about equally long: few large clients make one, many
+    The order is cut into stacks that take about equally long: few large clients make one, many
     small ones another. Stacks are spread over the places so that any half of them is half of the work: processes get
     aligned runs of places.
 
@@ -66,6 +74,7 @@ def arrange(
         samples: Samples that each passes over, all epochs together.
         parameters: Numbers of the model that clients train, by their modalities.
         cohort: Most clients in a stack, a power of two.
+        halved: Make an even number of stacks; otherwise as few as there can be, for one device that does them all.
     """
     if not picks:
         return {}
@@ -83,13 +92,13 @@ def arrange(
     )
     stacks = int((-(-np.diff(ends, prepend=0) // cohort)).sum())
     counts = [stacks]
-    if cohort > 1:
+    if cohort > 1 and halved:
         stacks = max(stacks, min(2, len(picks) // _FEW))
         stacks += stacks % 2 if stacks > 1 else 0
         # A full stack cannot take what would make it as long as the others: two more may be worth their steps.
         counts = [stacks] if stacks == 1 else [stacks, stacks + 2]
-    tried = [line.cut(count) for count in counts]
-    parts = min(tried, key=lambda found: (line.longer_half(found), len(found)))
+    tried = [parts for count in counts for parts in line.cuts(count)]
+    parts = min(tried, key=lambda found: line.longer_half(found) + _STEP * _STACK * len(found) / 2)
     slots = _slots(list(range(len(parts))), line.costs(parts))
     there = clients[order].tolist()
     return {
@@ -121,8 +130,19 @@ class _Line:
         costs = self.costs(parts)
         return max(sum(costs[s] for s in half) for half in _halves(range(len(parts)), costs))
 
-    def cut(self, stacks: int) -> list[Part]:
-        """At most `stacks` stacks, the most expensive as cheap as can be; never less than their reach asks for."""
+    def cuts(self, stacks: int) -> list[list[Part]]:
+        """Ways to make at most `stacks` stacks; at most as many as their reach asks for, if that is more.
+
+        The first has the cheapest most expensive stack. Of few stacks, where some are full, ways with a dearer one may
+        have evener halves.
+        """
+        even = self._cut(stacks)
+        if not 1 < len(even) <= _MANY:
+            return [even]
+        dearest = max(self.costs(even))
+        return [even, *(self._fill(dearest * (1 + i / _MANY)) for i in range(1, _MANY // 2 + 1))]
+
+    def _cut(self, stacks: int) -> list[Part]:
         low = max(self.costs([(i, i + 1) for i in range(len(self._lead))]), default=0.0)
         high = max(self._lead, default=0.0) + self._totals[-1]
         best = self._fill(high)

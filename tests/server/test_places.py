@@ -16,9 +16,9 @@ def picks(count, modalities=BOTH):
     return [Pick(k, modalities) for k in range(count)]
 
 
-def placed(chosen, samples, cohort, *, epochs=2, batch=32, parameters=MLP):
+def placed(chosen, samples, cohort, *, epochs=2, batch=32, parameters=MLP, **options):
     n = np.array([samples[p.client] for p in chosen], dtype=np.int64)
-    return arrange(chosen, epochs * -(-n // batch), epochs * n, parameters, cohort)
+    return arrange(chosen, epochs * -(-n // batch), epochs * n, parameters, cohort, **options)
 
 
 def stacks(places, cohort):
@@ -93,7 +93,14 @@ def test_halves_take_equally_long(count, cohort, mean, parameters):
         samples = 1 + (mean * rng.lognormal(-0.125, 0.5, count)).astype(int)
         work = halves(placed(picks(count), samples, cohort, parameters={BOTH: parameters}), samples, cohort, parameters)
         longer.append(max(work) / np.mean(work))
-    assert np.mean(longer) < 1.1
+    assert np.mean(longer) < 1.06
+
+
+def test_one_device_gets_as_few_stacks_as_there_can_be():
+    chosen = [Pick(k, ONE if k < 5 else BOTH) for k in range(40)]
+    made = stacks(placed(chosen, [30] * 40, 32, halved=False), 32)
+    assert sorted(map(len, made.values()))[0] == 5
+    assert len(made) == 3
 
 
 def test_one_giant_gets_a_half_of_its_own():
