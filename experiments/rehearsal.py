@@ -43,6 +43,7 @@ REHEARSAL_S = 10.0
 
 _ROUNDS = 2, 6  # fewest and most of a rehearsal; the first is not like the others
 _SAMPLES = 64
+_STEPS = 4  # of each client, where steps are timed
 _PASSES = {"accuracy": 1, "discrepancy": 1, "coalitions": 2, "gradients": 4}  # of an observation, in forward passes
 
 
@@ -162,20 +163,35 @@ class _Timing:
         each = guess.round + guess.evaluation + guess.observation
         rounds = min(most, self._config.train.rounds, int(spare / max(each, 1e-9)))
         if rounds < min(fewest, self._config.train.rounds) or self._config.engine.name == "flower":
-            return guess
+            return self._estimate(started, self._sample())
         return self._rehearse(started, rounds)
 
-    def _estimate(self, started: float) -> Seconds:
+    def _sample(self) -> float:
+        """Seconds to train a client on one sample, from the first batches of as many clients as train together."""
+        here, batch = self._here, self._config.train.batch_size
+        pool = here.pool("train")
+        clients = alike(pool, self._layout.cohort)
+        broadcast = first_broadcast(self._plan, self._federates())
+        step = min(step_seconds(here, clients, broadcast, steps=_STEPS) for _ in range(2))
+        # The last batch of an epoch is smaller than the others, and quicker.
+        sizes = np.minimum(pool.sizes[clients], _STEPS * batch)
+        return step * float(np.sum(-(-sizes // batch)) / np.sum(sizes))
+
+    def _federates(self) -> Federates:
+        pool = self._here.pool("train")
+        return Federates(self._plan.dataset.modalities, pool.owned, tuple(map(int, pool.sizes)))
+
+    def _estimate(self, started: float, sample: float | None = None) -> Seconds:
+        """From the time of steps as the layout was chosen by, or of training on a sample."""
         config, here, t = self._config, self._here, self._config.train
         pool = here.pool("train")
-        federates = Federates(self._plan.dataset.modalities, pool.owned, tuple(map(int, pool.sizes)))
         clients = alike(pool, 1)
         step = self._layout.seconds.get(self._layout.cohort) or min(
-            step_seconds(here, clients, first_broadcast(self._plan, federates), steps=n) for n in (1, 2)
+            step_seconds(here, clients, first_broadcast(self._plan, self._federates()), steps=n) for n in (1, 2)
         )
         look = _sample_seconds(here)
         statistics = look * pool.sizes if any(KNOWLEDGE[kind].requests for kind in self._kinds) else 0 * pool.sizes
-        epoch = step * -(-pool.sizes // t.batch_size)
+        epoch = step * -(-pool.sizes // t.batch_size) if sample is None else sample * pool.sizes
         jobs = -(-t.clients_per_round // self._layout.cohort)
         together = 1 if config.engine.name == "inproc" else min(config.engine.workers, os.cpu_count() or 1, jobs)
         round = t.clients_per_round * float(np.mean(t.local_epochs * epoch + statistics)) / together

@@ -160,6 +160,18 @@ def test_time_without_a_rehearsal(monkeypatch):
     assert seconds.evaluations == pytest.approx(30 * seconds.evaluation)
 
 
+def test_a_small_last_batch_is_not_counted_as_a_whole_one(monkeypatch):
+    # Steps of a second whatever is in them. Clients of many batches: by samples, an epoch takes a second a full batch.
+    monkeypatch.setattr("experiments.rehearsal.REHEARSAL_S", 0.0)
+    monkeypatch.setattr("experiments.rehearsal.step_seconds", lambda *_, **__: 1.0)
+    settings = config("data.samples=2000", "scenario.clients=4", "train.clients_per_round=4", "train.batch_size=16")
+    found = forecast(settings).seconds
+    sizes = build_federation(plan(settings).dataset, settings.scenario, settings.seed).indices["train"]
+    samples = sum(len(rows) for rows in sizes)
+    assert min(map(len, sizes)) > 4 * 16
+    assert found.round == pytest.approx(settings.train.local_epochs * samples / 16, rel=1e-6)
+
+
 def test_devices_take_the_time_of_the_slowest_pick():
     settings = config("devices=phone", "train.clients_per_round=8")
     prepared = plan(settings)
