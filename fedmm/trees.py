@@ -70,18 +70,19 @@ def run_sum(terms: Mapping[str, Held], weights: Tensor, leaf: int) -> Tensors:
     columns, factors = leaves.flatten(0, 1), weights.view(-1, 1, leaf)
     # In the order of memory, whatever the order of axes: a stack's weights are transposed views.
     axes = {n: _axes(held[0][1]) for n, held in terms.items()}
-    sums = weights.new_empty(-(-sum(sizes.values()) // _COLUMNS), _COLUMNS)
-    done = 0
+    nodes = weights.new_empty(-(-sum(sizes.values()) // _COLUMNS), span // leaf, 1, _COLUMNS)
+    done, written = 0, set[int]()
     for n, held in terms.items():
         flat = [(_places(which), rows.permute(0, *axes[n]).reshape(len(which), -1)) for which, rows in held]
-        everybody = sum(len(which) for which, _ in held) == span
+        there = {place for which, _ in held for place in which}
+        empty, written = sorted(written - there), written | there
         at = 0
         while at < sizes[n]:
             first = done % _COLUMNS
             count = min(sizes[n] - at, _COLUMNS - first)
             part = columns[:, first : first + count]
-            if not everybody:
-                part.zero_()
+            if empty:
+                part[empty] = 0.0
             for which, rows in flat:
                 if isinstance(which, slice):
                     part[which].copy_(rows[:, at : at + count])
@@ -89,11 +90,12 @@ def run_sum(terms: Mapping[str, Held], weights: Tensor, leaf: int) -> Tensors:
                     part.index_copy_(0, which.to(part.device), rows[:, at : at + count].to(part.dtype))
             at, done = at + count, done + count
             if done % _COLUMNS == 0:
-                sums[done // _COLUMNS - 1].copy_(tree_sum_stack(torch.bmm(factors, leaves).squeeze(1)))
+                torch.bmm(factors, leaves, out=nodes[done // _COLUMNS - 1])
     if done % _COLUMNS:
-        sums[-1].copy_(tree_sum_stack(torch.bmm(factors, leaves).squeeze(1)))
+        torch.bmm(factors, leaves, out=nodes[-1])
+    sums = tree_sum_stack(nodes.squeeze(2).transpose(0, 1)).flatten()
     found: Tensors = {}
-    for (n, held), total in zip(terms.items(), torch.split(sums.flatten()[:done], list(sizes.values())), strict=True):
+    for (n, held), total in zip(terms.items(), torch.split(sums[:done], list(sizes.values())), strict=True):
         shape = held[0][1].shape
         back = sorted(range(len(axes[n])), key=axes[n].__getitem__)
         found[n] = total.view([shape[a] for a in axes[n]]).permute(back)
