@@ -16,9 +16,9 @@ from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
 from clients.cohort import Member
-from clients.crew import train_together
 from clients.faults import data_root, faults_mod
 from clients.terms import fitted, local_schedule, workspace_on
+from clients.together import train_together
 from clients.workspace import Workspace, workspace
 from fedmm.metrics.imbalance import observe
 from fedmm.metrics.local import STATISTICS, evaluate

@@ -17,123 +17,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from clients.cohort import Member, Meter, train_stack
+from clients.cohort import Member, Meter
 from clients.faults import planned_faults, spoil
 from clients.outcome import Outcome
-from clients.terms import cast, fitted, local_schedule, workspace_on
-from clients.trainer import train
+from clients.terms import fitted, local_schedule, workspace_on
+from clients.together import train_together
 from clients.workspace import Workspace, workspace
 from fedmm.engines.allocator import keep_memory
 from fedmm.jobs import Arrays, Group, Hello, Measure, Measured, Observe, Shared, Single, Train, Trained, arrays, tensors
 from fedmm.metrics.imbalance import observe
-from fedmm.metrics.local import STATISTICS, before_training, evaluate_samples
+from fedmm.metrics.local import STATISTICS, evaluate_samples
 from fedmm.models.blocks import blocks_of, is_float
 from fedmm.models.width import padded
-from fedmm.objectives import Objective
-from fedmm.objectives.watched import METHOD, watched
 from fedmm.trees import add_named, run_sum
 from fedmm.types import SPLITS, ClientData, Tensors
 from fedmm.wire import ReplyHeader, Terms
-
-
-def train_together(
-    here: Workspace,
-    received: Tensors,
-    broadcast: Tensors,
-    members: Sequence[Member],
-    modalities: Sequence[str],
-    round: int,
-    requests: Sequence[str],
-    meter: Meter | None = None,
-) -> Outcome:
-    """Train clients that own and train the same modalities; several only if the workspace has a stack.
-
-    In the bootstrap (round 0) prototypes and confidences describe the model as received, as there is no trained
-    model yet; afterwards they describe the client's own, trained model (CMSFed) except for the confidence, which
-    always judges the received one (FedCMI). A workspace in bfloat16 gives its results in the format of `received`.
-    What is the clients' own in the broadcast ("client.") has a row a member.
-    """
-    objective = watched(here.objective) if METHOD in requests else here.objective
-    requests = [r for r in requests if r != METHOD]
-    if here.dtype == torch.bfloat16:
-        low = cast(received, here.dtype), cast(broadcast, here.dtype)
-        found = _train_members(here, objective, *low, members, modalities, round, requests, meter)
-        model = {n: t.to(received[n].dtype) for n, t in found.model.items()}
-        return replace(found, model=model, report=cast(found.report, torch.float64))
-    return _train_members(here, objective, received, broadcast, members, modalities, round, requests, meter)
-
-
-def _train_members(
-    here: Workspace,
-    objective: Objective,
-    received: Tensors,
-    broadcast: Tensors,
-    members: Sequence[Member],
-    modalities: Sequence[str],
-    round: int,
-    requests: Sequence[str],
-    meter: Meter | None,
-) -> Outcome:
-    if here.stack is not None:
-        result = train_stack(
-            here.stack,
-            received,
-            objective,
-            here.pool("train"),
-            members,
-            modalities,
-            broadcast,
-            here.config.seed,
-            round,
-            requests,
-            meter,
-        )
-        model = {n: here.stack.plain(n, t) for n, t in result.model.items()}
-        sends = objective.sent_blocks(objective.optional_blocks(blocks_of(model), modalities), result.report)
-        return Outcome(model, result.report, result.loss, result.steps, sends)
-    (member,) = members
-    return _train_alone(here, objective, received, broadcast, member, modalities, round, requests, meter or Meter())
-
-
-def _train_alone(
-    here: Workspace,
-    objective: Objective,
-    received: Tensors,
-    broadcast: Tensors,
-    member: Member,
-    modalities: Sequence[str],
-    round: int,
-    requests: Sequence[str],
-    meter: Meter,
-) -> Outcome:
-    model, data = here.load(received), here.data(member.client, "train")
-    broadcast = {n: t[0] if n.startswith("client.") else t for n, t in broadcast.items()}
-    report: Tensors = {}
-    early = before_training(requests, round)
-    for name in early:
-        report |= STATISTICS[name](model, data)
-    with meter.running():
-        result = train(
-            model,
-            objective,
-            data,
-            modalities,
-            broadcast,
-            member.schedule,
-            here.config.seed,
-            round,
-            member.client,
-        )
-    for name in requests:
-        if name not in early:
-            report |= STATISTICS[name](model, data)
-    report |= result.report
-    return Outcome(
-        {n: t.unsqueeze(0) for n, t in result.model.items()},
-        {n: t.unsqueeze(0) for n, t in report.items()},
-        torch.tensor([result.loss], dtype=torch.float64),
-        torch.tensor([result.steps]),
-    )
 
 
 def work(job: Any, shared: Shared) -> Any:
@@ -200,6 +98,7 @@ class _Crew:
         self._meter = Meter()
         self._terms = job.terms or (Terms(),) * len(job.clients)
         self._cohort = job.cohort if here.stack is not None else 1
+        self._stacked = here.stack_for(self._cohort) is not None
 
     def run(self) -> Trained:
         """Do the job."""
@@ -225,21 +124,38 @@ class _Crew:
         """Train the clients of a run, in stacks of aligned runs; those that send the same blocks, and their models."""
         if span > self._cohort:
             return self._parts(start, span // 2) + self._parts(start + span // 2, span // 2)
+        stacks = self._stacks(self._job, start, span)
+        return [part for kind, members in stacks.items() for part in self._train(members, self._company(kind, start))]
+
+    def _stacks(self, job: Train, start: int, span: int) -> dict[tuple[Any, ...], list[int]]:
+        """Who of a run shares a stack, by what they have in common."""
         kinds: dict[tuple[Any, ...], list[int]] = {}
         owned = self._here.pool("train").owned
-        for i, place in enumerate(self._job.places):
-            if not start <= place < start + span:
-                continue
-            # A stack has one number format, one width, and one path in the seed tree.
-            alike = self._terms[i].precision, self._terms[i].width, self._terms[i].stream
-            kinds.setdefault((owned[self._job.clients[i]], self._job.modalities[i], *alike), []).append(i)
-        return [part for members in kinds.values() for part in self._train(members)]
+        for i, (place, client) in enumerate(zip(job.places, job.clients, strict=True)):
+            if start <= place < start + span:
+                # A stack has one number format, one width, and one path in the seed tree.
+                own = job.terms[i] if job.terms else Terms()
+                alike = owned[client], job.modalities[i], own.precision, own.width, own.stream
+                kinds.setdefault(alike, []).append(i)
+        return kinds
 
-    def _train(self, which: Sequence[int]) -> list[_Part]:
+    def _company(self, kind: tuple[Any, ...], place: int) -> list[Member]:
+        """The stack that the clients of one kind at a place were to train in, if they are only a part of it."""
+        whole = self._job.company
+        if whole is None:
+            return []
+        which = self._stacks(whole, place - place % self._cohort, self._cohort)[kind]
+        return [self._member(whole, i) for i in which]
+
+    def _member(self, job: Train, i: int) -> Member:
+        terms = job.terms[i] if job.terms else Terms()
+        return Member(job.clients[i], local_schedule(self._here.config.train, job.epochs, job.lr, terms))
+
+    def _train(self, which: Sequence[int], company: Sequence[Member]) -> list[_Part]:
         """Train some clients together."""
-        job, train, shared = self._job, self._here.config.train, self._shared
+        job, shared = self._job, self._shared
         modalities, terms = job.modalities[which[0]], self._terms[which[0]]
-        members = [Member(job.clients[i], local_schedule(train, job.epochs, job.lr, self._terms[i])) for i in which]
+        members = [self._member(job, i) for i in which]
         here, received, broadcast = self._here, self._model, self._broadcast
         if terms != Terms():
             here = workspace_on(terms, shared.spec, None, shared.home)
@@ -260,11 +176,13 @@ class _Crew:
                 job.round if terms.stream is None else terms.stream,
                 job.requests,
                 self._meter,
+                self._cohort,
+                company,
             )
         parts = [([which[row] for row in rows], part) for rows, part in outcome.parts()]
         for some, part in parts:
             self._keep(some, modalities, part)
-        if here.stack is None and job.leaf > 1:
+        if not self._stacked and job.leaf > 1:
             # The next client trains in the same memory.
             parts = [(some, replace(part, model={n: t.clone() for n, t in part.model.items()})) for some, part in parts]
         return [([job.places[i] for i in some], part.model) for some, part in parts]

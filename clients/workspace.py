@@ -76,9 +76,15 @@ class Workspace:
             stack = Stack(self.model)
         except Unstackable as reason:
             return None, str(reason)
-        if stack.convolutions and self.device.type == "cpu":
-            return None, "grouped convolutions are slower than single ones on a CPU"
         return stack, ""
+
+    def stack_for(self, cohort: int) -> Stack | None:
+        """The twin that clients train with in stacks of `cohort`, or None: the plain model.
+
+        On a CPU a single client's convolutions are best left to PyTorch, whose kernels sum in another order.
+        """
+        alone = cohort == 1 and self.device.type == "cpu" and self.stack is not None and self.stack.channels > 0
+        return None if alone else self.stack
 
     def use(self, dtype: torch.dtype) -> None:
         """Train in another number format from now on."""

@@ -7,7 +7,7 @@ the same, and give the same weights. Arrays are NumPy's: they cross process bord
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -63,6 +63,8 @@ class Train:
         each: Give back each client's model instead of sums.
         terms: Of each client; empty: nobody has terms of its own.
         personal: What each client is sent for itself (`fedmm.personal`); empty: nothing.
+        company: The job that this one is a part of. Clients are computed as they would be in their stack there, whose
+            shape their last bits can depend on.
     """
 
     round: int
@@ -81,27 +83,23 @@ class Train:
     each: bool = False
     terms: tuple[Terms, ...] = ()
     personal: tuple[Arrays, ...] = ()
+    company: Train | None = None
 
     def split(self) -> list[Train]:
         """The same work as jobs of one client each, which give models: others are in the same leaf of the tree."""
+        whole = replace(self.company or self, personal=())
         return [
-            Train(
-                self.round,
-                self.attempt,
-                (place, 1),
-                (place,),
-                self.clients[i : i + 1],
-                self.modalities[i : i + 1],
-                self.weights[i : i + 1],
-                self.epochs,
-                self.lr,
-                self.requests,
-                self.deltas,
-                self.cohort,
-                self.leaf,
-                True,
-                self.terms[i : i + 1],
-                self.personal[i : i + 1],
+            replace(
+                self,
+                run=(place, 1),
+                places=(place,),
+                clients=self.clients[i : i + 1],
+                modalities=self.modalities[i : i + 1],
+                weights=self.weights[i : i + 1],
+                each=True,
+                terms=self.terms[i : i + 1],
+                personal=self.personal[i : i + 1],
+                company=whole,
             )
             for i, place in enumerate(self.places)
         ]

@@ -4,7 +4,8 @@ The twin is the same `MultimodalModel` with its layers replaced by stacked ones,
 objectives need no second version: they work on [K, B, ...] as they do on [B, ...].
 
     Linear      W [K, in, out], b [K, 1, out]     one batched product; this order makes gradients contiguous
-    Conv2d      W [K, O, I, h, w]                 one grouped convolution with K groups
+    Conv2d      W [K, O, I, h, w]                 CPU: products over samples (`fedmm.models.convolution`);
+                                                  GPU: one grouped convolution with K groups
     GroupNorm, LayerNorm, pooling, Flatten        the same arithmetic in each client and sample
     Gate                                          [K, slots]
 
@@ -23,6 +24,7 @@ from torch.nn import functional as F
 
 from fedmm.models.boosted import BoostedHead
 from fedmm.models.boosted import Gate as PlainGate
+from fedmm.models.convolution import Geometry, convolve, flat_samples, group_norm, samples_innermost
 from fedmm.models.encoders import BasicBlock
 from fedmm.models.fusion import FUSIONS
 from fedmm.models.multimodal import MultimodalModel
@@ -64,22 +66,25 @@ class Linear(_Layer):
 
 
 class Conv2d(_Layer):
-    """Each client's convolution, as groups of one."""
+    """Each client's convolution."""
 
     def __init__(self, layer: nn.Conv2d) -> None:
         super().__init__()
         if layer.groups != 1 or layer.padding_mode != "zeros":
             raise Unstackable("grouped convolutions and padding other than zeros have no stacked form")
-        self.stride, self.padding, self.dilation = layer.stride, layer.padding, layer.dilation
+        if isinstance(layer.padding, str):
+            raise Unstackable(f'padding "{layer.padding}" has no stacked form: give it in numbers')
+        pairs = layer.kernel_size, layer.stride, layer.padding, layer.dilation
+        self.geometry = Geometry(*((first, second) for first, second in pairs))
 
     def forward(self, x: Tensor) -> Tensor:
         """[K, B, I, H, W] -> [K, B, O, H', W']."""
+        if x.device.type == "cpu":
+            return convolve(x, self.weight, self.bias, self.geometry)
         clients = x.shape[0]
         bias = None if self.bias is None else self.bias.flatten()
-        kernel = self.weight.flatten(0, 1)
-        return _spread(
-            F.conv2d(_merge(x), kernel, bias, self.stride, self.padding, self.dilation, groups=clients), clients
-        )
+        kernel, g = self.weight.flatten(0, 1), self.geometry
+        return _spread(F.conv2d(_merge(x), kernel, bias, g.stride, g.padding, g.dilation, groups=clients), clients)
 
 
 class GroupNorm(_Layer):
@@ -91,6 +96,8 @@ class GroupNorm(_Layer):
 
     def forward(self, x: Tensor) -> Tensor:
         """[K, B, C, ...] -> the same shape."""
+        if x.dim() == 5 and x.device.type == "cpu":
+            return group_norm(x, self.weight, self.bias, self.groups, self.eps)
         clients = x.shape[0]
         y = _spread(F.group_norm(_merge(x), clients * self.groups, eps=self.eps), clients)
         if not self.affine:
@@ -126,7 +133,21 @@ class Pool(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[K, B, C, H, W] -> [K, B, C, H', W']."""
-        return _spread(self.layer(_merge(x)), x.shape[0])
+        if x.device.type != "cpu":
+            return _spread(self.layer(_merge(x)), x.shape[0])
+        # Channels last, with the samples as channels.
+        y: Tensor = self.layer(samples_innermost(x).transpose(1, 2).flatten(0, 1))
+        return y.view(x.shape[0], -1, *y.shape[1:]).transpose(1, 2)
+
+
+class Flatten(nn.Module):
+    """Each sample as one row."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[K, B, ...] -> [K, B, F]."""
+        if x.dim() > 4 and x.device.type == "cpu":
+            return flat_samples(x)
+        return x.flatten(2)
 
 
 class Gate(_Layer):
@@ -143,7 +164,7 @@ class Gate(_Layer):
 def _flatten(layer: nn.Flatten) -> nn.Module:
     if (layer.start_dim, layer.end_dim) != (1, -1):
         raise Unstackable("Flatten has a stacked form only for whole samples")
-    return nn.Flatten(2)
+    return Flatten()
 
 
 def _merge(x: Tensor) -> Tensor:
@@ -196,7 +217,7 @@ class Stack:
 
     Attributes:
         model: The twin; it has no parameters until `bind`.
-        convolutions: Whether it has any (grouped convolutions lose to single ones on a CPU).
+        channels: Most channels that a convolution gives; 0: there is none.
 
     Raises:
         Unstackable: A layer has no stacked form.
@@ -206,7 +227,8 @@ class Stack:
         if any(True for _ in model.buffers()):
             raise Unstackable("the model keeps running statistics, which rows that fill up a stack would spoil")
         self.model = copy.deepcopy(model)
-        self.convolutions = any(isinstance(layer, nn.Conv2d) for layer in model.modules())
+        layers = [layer for layer in model.modules() if isinstance(layer, nn.Conv2d)]
+        self.channels = max((layer.out_channels for layer in layers), default=0)
         self._slots: dict[str, tuple[nn.Module, str]] = {}
         self._base: tuple[Tensors, Tensors] | None = None
         self._replace(self.model, "")

@@ -47,7 +47,7 @@ def test_small_dense_models_are_timed_both_ways():
 @pytest.mark.parametrize(
     ("overrides", "largest", "why"),
     [
-        (["data=cgmnist", "data.samples=400"], 4, "convolutions"),
+        (["data=cgmnist", "data.samples=400", "model.width=64"], 4, "128 channels are faster one by one"),
         (["objective=remixing", "model.unimodal_heads=true"], 4, "does not stack"),
         ([], 1, "too few"),
     ],
@@ -56,6 +56,14 @@ def test_refused_without_a_measurement(overrides, largest, why):
     verdict = probe(workspace(*overrides), largest)
     assert verdict.cohort == 1
     assert why in verdict.why
+    assert not verdict.seconds
+
+
+def test_narrow_convolutions_are_stacked_without_a_measurement():
+    """Stacked ones round differently, so that the choice must not hang on timing."""
+    verdict = probe(workspace("data=cgmnist", "data.samples=400"), 4)
+    assert verdict.cohort == 4
+    assert "convolutions" in verdict.why
     assert not verdict.seconds
 
 

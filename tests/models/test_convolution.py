@@ -1,0 +1,98 @@
+"""Layers of a stack with samples innermost: what PyTorch's layers give each client, and the gradients of that."""
+
+import itertools
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from fedmm.models.convolution import Geometry, convolve, flat_samples, group_norm, samples_innermost
+from fedmm.models.stacked import Pool
+
+CLIENTS, BATCH = 2, 3
+GEOMETRIES = [
+    Geometry(*pairs)
+    for pairs in itertools.product(
+        [(3, 3), (1, 1), (2, 4)],
+        [(1, 1), (2, 1), (3, 2)],
+        [(0, 0), (1, 2), (3, 3)],
+        [(1, 1), (2, 1), (1, 2)],
+    )
+]
+SOME = [g for i, g in enumerate(GEOMETRIES) if i % 9 == 4] + [Geometry((3, 3), (1, 1), (1, 1), (1, 1))]
+
+
+def draw(*shape):
+    return torch.randn(*shape, dtype=torch.float64, generator=draw.generator).requires_grad_()
+
+
+@pytest.fixture(autouse=True)
+def generator():
+    draw.generator = torch.Generator().manual_seed(0)
+
+
+def assert_as(ours, reference, ours_of, given):
+    """Values and gradients agree."""
+    assert ours.shape == reference.shape
+    torch.testing.assert_close(ours, reference, rtol=0, atol=1e-12)
+    g = torch.randn(ours.shape, dtype=ours.dtype, generator=draw.generator)
+    for a, b in zip(torch.autograd.grad(ours, ours_of, g), torch.autograd.grad(reference, given, g), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_convolution_of_each_client(bias):
+    for g in GEOMETRIES:
+        x, w, b = draw(CLIENTS, BATCH, 2, 9, 10), draw(CLIENTS, 4, 2, *g.kernel), draw(CLIENTS, 4) if bias else None
+        each = [
+            F.conv2d(x[k], w[k], None if b is None else b[k], g.stride, g.padding, g.dilation) for k in range(CLIENTS)
+        ]
+        given = [t for t in (x, w, b) if t is not None]
+        assert_as(convolve(x, w, b, g), torch.stack(each), given, given)
+
+
+@pytest.mark.parametrize("g", SOME, ids=str)
+def test_gradients_of_the_convolution(g):
+    x, w, b = draw(1, 2, 1, 5, 6), draw(1, 2, 1, *g.kernel), draw(1, 2)
+    assert torch.autograd.gradcheck(lambda *given: convolve(*given, g), (x, w, b))
+
+
+def test_an_image_of_the_same_shape_finds_nothing_of_the_one_before():
+    g = Geometry((3, 3), (1, 1), (1, 1), (1, 1))
+    first, second, w = draw(1, 8, 2, 5, 5), draw(1, 8, 2, 5, 5), draw(1, 3, 2, 3, 3)
+    before = convolve(second, w, None, g)
+    convolve(first, w, None, g)
+    assert torch.equal(convolve(second, w, None, g), before)
+
+
+@pytest.mark.parametrize("affine", [True, False])
+def test_group_normalisation_of_each_client(affine):
+    x = draw(CLIENTS, BATCH, 6, 4, 5)
+    w, b = (draw(CLIENTS, 6), draw(CLIENTS, 6)) if affine else (None, None)
+    each = [F.group_norm(x[k], 3, None if w is None else w[k], None if b is None else b[k]) for k in range(CLIENTS)]
+    given = [t for t in (x, w, b) if t is not None]
+    assert_as(group_norm(x, w, b, 3, 1e-5), torch.stack(each), given, given)
+
+
+def test_gradients_of_the_group_normalisation():
+    given = draw(1, 2, 4, 2, 3), draw(1, 4), draw(1, 4)
+    assert torch.autograd.gradcheck(lambda *t: group_norm(*t, 2, 1e-5), given)
+
+
+@pytest.mark.parametrize("layer", [nn.MaxPool2d(2), nn.MaxPool2d(3, 2, 1), nn.AvgPool2d(2), nn.AdaptiveAvgPool2d(1)])
+def test_pooling_of_each_client(layer):
+    x = draw(CLIENTS, BATCH, 3, 7, 6)
+    assert_as(Pool(layer)(x), torch.stack([layer(x[k]) for k in range(CLIENTS)]), [x], [x])
+
+
+def test_layers_hand_on_samples_innermost_without_a_copy():
+    x, w = draw(CLIENTS, 8, 2, 6, 6), draw(CLIENTS, 4, 2, 3, 3)
+    y = convolve(x, w, None, Geometry((3, 3), (1, 1), (1, 1), (1, 1)))
+    for t in (y, Pool(nn.MaxPool2d(2))(y), group_norm(y, None, None, 2, 1e-5), F.relu(y)):
+        assert samples_innermost(t).data_ptr() == t.data_ptr()
+        assert flat_samples(t).data_ptr() == t.data_ptr()
+    found = []
+    y.register_hook(found.append)
+    (flat_samples(y) @ torch.ones(4 * 36, 1, dtype=y.dtype)).sum().backward()
+    assert samples_innermost(found[0]).data_ptr() == found[0].data_ptr()
