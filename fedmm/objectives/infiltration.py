@@ -29,7 +29,6 @@ from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from fedmm.metrics.local import predict
 from fedmm.models.blocks import modality_of
@@ -90,7 +89,7 @@ class Infiltration(Objective):
         state["cmi_weight"] = warm.to(some.dtype) * self.lambda_cmi
         state |= {f"sample.teacher.{m}": logits[m] for m in names}
         state["tau"] = pairwise_temperature(
-            {m: F.softmax(logits[m], -1) for m in names},
+            {m: _softmax(logits[m]) for m in names},
             data.present,
             data.y,
             data.classes,
@@ -160,7 +159,7 @@ class Infiltration(Objective):
 
 
 def _softmax(logits: Tensor) -> Tensor:
-    """Softmax over the last axis, a few classes: `F.softmax` takes several times as long there."""
+    """Softmax over the last axis, a few classes: `torch.softmax` takes several times as long there."""
     return (logits - logits.logsumexp(-1, keepdim=True)).exp()
 
 
