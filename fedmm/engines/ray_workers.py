@@ -1,8 +1,8 @@
 """The engine on Ray: persistent workers that are handed chunks of messages, and are replaced when they die.
 
 A reply is a pure function of (message, context), and a job's result of (job, what all share), so neither the number
-of workers nor the chunks they are handed can change a bit of it. What several messages or jobs share is put into Ray's
-object store once a round and is fetched once by each worker.
+of workers nor the chunks they are handed can change a bit of it. What several messages share is put into Ray's object
+store once a round and is fetched once by each worker; arrays of jobs travel faster (`fedmm.engines.memory`).
 """
 
 from __future__ import annotations
