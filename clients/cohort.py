@@ -6,7 +6,8 @@ and no client that has finished; batches are filled up to a common width with ro
 
 On a CPU the widths are multiples of 8: matrix products then sum in the same order whatever the stack, so that a client
 trained alone and in company comes out the same to the last bit, but for layers of a few numbers, whose products take
-another kernel when they grow. The plain, readable equivalent is `clients.trainer`.
+another kernel when they grow, and for convolutions, which sum over the whole width (`company` of `train_stack` keeps
+it). The plain, readable equivalent is `clients.trainer`.
 """
 
 from __future__ import annotations

@@ -2,7 +2,8 @@
 
 Both give the same weights, to the last bit on a CPU (`clients/cohort.py`), so that nothing but time hangs on the
 verdict. Stacks win by far on small dense models and lose where a single client fills the processor. Convolutions on a
-CPU round differently in a stack (`fedmm/models/convolution.py`): there the number of channels decides.
+CPU round differently in a stack (`fedmm/models/convolution.py`): there the number of channels decides, not timing,
+so that every engine and every repetition gives the same weights.
 """
 
 from __future__ import annotations

@@ -24,6 +24,9 @@ from torch.autograd.function import once_differentiable
 
 Pair = tuple[int, int]
 
+_KEPT = 2**21
+"""Bytes up to which the rows of an image stay allocated: what a processor's second cache holds."""
+
 
 def samples_innermost(x: Tensor) -> Tensor:
     """The same tensor [K, B, C, ...] with its memory as [K, C, ..., B]; free if it is so already."""
@@ -223,22 +226,22 @@ def _convolve(images: Tensor, kernels: Tensor, bias: Tensor | None, geometry: Ge
     rows = _rows(tuple(images.shape[1:]), images.dtype, geometry)
     high, wide = rows.size
     y = images.new_empty(*kernels.shape[:2], high, wide, images.shape[-1])
-    for k, (image, kernel, out) in enumerate(zip(images, kernels, y, strict=True)):
-        torch.bmm(kernel.expand(high, *kernel.shape), rows.fill(image), out=out.flatten(2).transpose(0, 1))
-        if bias is not None:
-            out += bias[k, :, None, None, None]
+    each = kernels.unsqueeze(1).expand(-1, high, -1, -1).unbind(0)
+    by_row = y.flatten(3).transpose(1, 2).unbind(0)
+    added = None if bias is None else bias.unsqueeze(2).unbind(0)
+    for k, image in enumerate(images.unbind(0)):
+        torch.bmm(each[k], rows.fill(image), out=by_row[k])
+        if added is not None:
+            by_row[k].add_(added[k])
     return y
 
 
 def _of_weight(images: Tensor, g: Tensor, geometry: Geometry) -> Tensor:
     """Gradient of the weight [K, O, I, h, w] from [K, I, H, W, B] and that of the output [K, O, H', W', B]."""
     rows = _rows(tuple(images.shape[1:]), images.dtype, geometry)
-    parts = [
-        torch.bmm(rows.fill(image), each.flatten(2).permute(1, 2, 0)).sum(0)
-        for image, each in zip(images, g, strict=True)
-    ]
-    found = torch.stack(parts).view(len(parts), *geometry.kernel, images.shape[1], g.shape[1])
-    return found.permute(0, 4, 3, 1, 2).contiguous()
+    by_row = g.flatten(3).permute(0, 2, 3, 1).unbind(0)
+    found = torch.stack([torch.bmm(rows.fill(image), by_row[k]).sum(0) for k, image in enumerate(images.unbind(0))])
+    return found.view(len(found), *geometry.kernel, images.shape[1], g.shape[1]).permute(0, 4, 3, 1, 2).contiguous()
 
 
 def _of_input(shape: torch.Size, g: Tensor, kernels: Tensor, geometry: Geometry) -> Tensor:
@@ -303,7 +306,14 @@ class _Rows:
         return self._windows
 
 
-_rows = lru_cache(maxsize=32)(_Rows)
+_kept_rows = lru_cache(maxsize=64)(_Rows)
+
+
+def _rows(shape: tuple[int, ...], dtype: torch.dtype, geometry: Geometry) -> _Rows:
+    """Where images [I, H, W, B] are to be unrolled: steps take turns in the same few, zeros and all."""
+    channels, high, wide, batch = shape
+    small = channels * high * wide * batch * geometry.kernel[1] * dtype.itemsize <= _KEPT
+    return (_kept_rows if small else _Rows)((channels, high, wide, batch), dtype, geometry)
 
 
 def _overlap(offset: int, stride: int, windows: int, size: int) -> tuple[slice, slice]:
