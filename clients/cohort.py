@@ -18,10 +18,10 @@ from dataclasses import dataclass, replace
 from time import perf_counter
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from clients.feed import Counts, Plan, batches, draw, everything_of, plan_steps, rows_of
 from clients.optimiser import StackedSGD
 from clients.trainer import LocalSchedule, gradients_of
 from fedmm import seeding
@@ -31,15 +31,7 @@ from fedmm.models.blocks import block_of, blocks_of
 from fedmm.models.stacked import Stack
 from fedmm.objectives import Objective
 from fedmm.personal import corrected, corrections
-from fedmm.types import Batch, ClientData, Presence, Tensors
-
-_GATHERED = 8 * 2**20
-"""Bytes of samples that are gathered at a time."""
-
-_WIDTH = 8
-"""Batches and splits are filled up to multiples of this many rows."""
-
-Counts = npt.NDArray[np.int64]
+from fedmm.types import ClientData, Tensors
 
 
 @dataclass(frozen=True)
@@ -112,9 +104,9 @@ def train_stack(
         company: The stack that the members are a part of, if the others do not train here: it sets the widths, so
             that no sum is cut up differently.
     """
-    order, plan = _schedule(members, pool.sizes[[m.client for m in members]])
+    order, plan = _planned(members, pool)
     if company:
-        _, whole = _schedule(company, pool.sizes[[m.client for m in company]])
+        _, whole = _planned(company, pool)
         plan = replace(plan, widths=whole.widths[: len(plan.widths)], longest=whole.longest)
     members, meter = [members[i] for i in order], meter or Meter()
     count, names = len(members), [m for m in pool.x if m in set(modalities)]
@@ -128,7 +120,7 @@ def train_stack(
     def everything() -> ClientData:
         # Only some objectives and statistics look at all samples of a client.
         if not own:
-            own.append(_whole(pool, starts, plan, list(pool.x) if requests else names))
+            own.append(everything_of(pool, starts, plan, list(pool.x) if requests else names))
         return own[0]
 
     report: Tensors = {}
@@ -144,7 +136,7 @@ def train_stack(
     trained = [n for n in received if block_of(n) in blocks]
 
     def renew(rows: Tensor) -> Tensors:
-        return objective.renew(model, _rows(everything().only(names), rows), {n: t[rows] for n, t in state.items()})
+        return objective.renew(model, rows_of(everything().only(names), rows), {n: t[rows] for n, t in state.items()})
 
     renews = type(objective).renew is not Objective.renew
     weights, losses, parts = _train(
@@ -186,65 +178,10 @@ def _owned(data: ClientData, pool: Pool, client: int) -> ClientData:
     return data.only(pool.owned[client])
 
 
-@dataclass(frozen=True)
-class _Plan:
-    """Who does how many steps with how many samples; clients with more steps first.
-
-    Attributes:
-        samples: n_k [K].
-        steps: S_k [K], descending.
-        epoch_steps: Steps an epoch [K].
-        batch_size: [K].
-        epochs: [K].
-        sizes: True batch size of each step [K, S].
-        active: Clients that are not done, of each step [S].
-        widths: Rows of a batch of each step [S].
-        longest: Rows that all samples of a client are filled up to.
-    """
-
-    samples: Counts
-    steps: Counts
-    epoch_steps: Counts
-    batch_size: Counts
-    epochs: Counts
-    sizes: Counts
-    active: Counts
-    widths: Counts
-    longest: int
-
-
-def _schedule(members: Sequence[Member], samples: Counts) -> tuple[Counts, _Plan]:
+def _planned(members: Sequence[Member], pool: Pool) -> tuple[Counts, Plan]:
     epochs = np.array([m.schedule.epochs for m in members], dtype=np.int64)
     batch = np.array([m.schedule.batch_size for m in members], dtype=np.int64)
-    epoch_steps = -(-samples // batch)
-    order = np.argsort(-epochs * epoch_steps, kind="stable")
-    samples, epochs, batch, epoch_steps = samples[order], epochs[order], batch[order], epoch_steps[order]
-    steps = epochs * epoch_steps
-    within = np.arange(int(steps[0]))[None, :] % epoch_steps[:, None]
-    sizes = np.minimum(samples[:, None] - within * batch[:, None], batch[:, None])
-    sizes = np.where(np.arange(int(steps[0]))[None, :] < steps[:, None], sizes, 0)
-    active = (steps[:, None] > np.arange(int(steps[0]))).sum(0)
-    widths = -(-sizes.max(0) // _WIDTH) * _WIDTH
-    return order, _Plan(samples, steps, epoch_steps, batch, epochs, sizes, active, widths, _up(int(samples.max())))
-
-
-def _batches(plan: _Plan, members: Sequence[Member], seed: int, round: int) -> npt.NDArray[np.int64]:
-    """Row of each client's data for every step and place, [S, K, B]; the draws of `Objective.batches`."""
-    generator = torch.Generator()
-    draws = []
-    for member, n, epochs in zip(members, plan.samples.tolist(), plan.epochs.tolist(), strict=True):
-        generator.manual_seed(seeding.derive(seed, "batches", round, member.client))
-        draws += [torch.randperm(n, generator=generator) for _ in range(epochs)]
-    # Where each drawn row goes: client, epoch, and its number in the epoch.
-    client = np.repeat(np.arange(len(members)), plan.epochs)
-    epoch = np.arange(len(client)) - np.repeat(np.cumsum(plan.epochs) - plan.epochs, plan.epochs)
-    count = plan.samples[client]
-    number = np.arange(int(count.sum())) - np.repeat(np.cumsum(count) - count, count)
-    client, epoch = np.repeat(client, count), np.repeat(epoch, count)
-    step, place = np.divmod(number, plan.batch_size[client])
-    index = np.zeros((plan.sizes.shape[1], len(members), int(plan.widths.max())), dtype=np.int64)
-    index[epoch * plan.epoch_steps[client] + step, client, place] = torch.cat(draws).numpy()
-    return index
+    return plan_steps(epochs, batch, pool.sizes[[m.client for m in members]])
 
 
 def _train(
@@ -256,7 +193,7 @@ def _train(
     members: Sequence[Member],
     modalities: Sequence[str],
     starts: Counts,
-    plan: _Plan,
+    plan: Plan,
     state: Tensors,
     added: Tensors,
     renew: Callable[[Tensor], Tensors] | None,
@@ -269,11 +206,12 @@ def _train(
     `state` is left as the last step of each client left it; `added` is added to every gradient.
     """
     count, device = len(members), pool.y.device
-    last = np.arange(len(plan.active))[:, None] >= (plan.steps - plan.epoch_steps)[None, :]
-    counted = torch.as_tensor(plan.sizes.T * last, device=device).to(torch.float64).unbind(0)
-    counts_at = last.any(1).tolist()
+    last = plan.sizes.T * (np.arange(len(plan.active))[:, None] >= plan.steps - plan.epoch_steps)
+    counted = torch.as_tensor(last, device=device).to(torch.float64).unbind(0)
+    counts_at: list[bool] = np.any(last, axis=1).tolist()
     dtype = next(iter(received.values())).dtype
-    feed = _fed(pool, modalities, starts, plan, _batches(plan, members, seed, round), dtype)
+    drawn = draw(plan, [seeding.derive(seed, "batches", round, m.client) for m in members])
+    feed = batches(pool, modalities, starts, plan, drawn, dtype)
     noisy = type(objective).noise is not Objective.noise
     generators = [seeding.torch_rng(seed, "noise", round, m.client) for m in members] if noisy else []
     total = torch.zeros(count, dtype=torch.float64, device=device)
@@ -323,85 +261,6 @@ def _train(
     return optimiser.weights(), total.cpu(), parts
 
 
-def _fed(
-    pool: Pool,
-    modalities: Sequence[str],
-    starts: Counts,
-    plan: _Plan,
-    index: npt.NDArray[np.int64],
-    dtype: torch.dtype,
-) -> Iterator[Batch]:
-    """The batch of every step: of the clients that are not done, as wide as the largest of them needs.
-
-    The samples of several steps are gathered at once, one step behind the other.
-
-    Args:
-        pool: Samples of all clients.
-        modalities: Those to train.
-        starts: First row of each client in the pool [K].
-        plan: Who does how many steps.
-        index: Row of each sample in its client's data [S, K, B].
-        dtype: Of the samples' weights.
-    """
-    whole, device = pool.complete.intersection(modalities), pool.y.device
-    shapes = list(zip(plan.active.tolist(), plan.widths.tolist(), strict=True))
-    rows = [active * width for active, width in shapes]
-    clients, places = np.arange(index.shape[1])[:, None], np.arange(index.shape[2])
-    here = (clients < plan.active[:, None, None]) & (places < plan.widths[:, None, None])
-    sizes = plan.sizes.T[:, :, None]
-    own, home = index[here], np.broadcast_to(starts[:, None], index.shape)[here]
-    own, at = (torch.as_tensor(found, device=device) for found in (own, own + home))
-    filled = np.broadcast_to(places < sizes, index.shape)[here]
-    real = torch.as_tensor(filled, device=device)
-    weight = torch.as_tensor(filled / np.broadcast_to(np.maximum(sizes, 1), index.shape)[here], device=device).to(dtype)
-
-    def each(t: Tensor, steps: slice = slice(None)) -> list[Tensor]:
-        parts = zip(t.split(rows[steps]), shapes[steps], strict=True)
-        return [part.view(*shape, *t.shape[1:]) for part, shape in parts]
-
-    there = each(real)
-    present = {m: there if m in whole else each(pool.present[m][at] & real) for m in modalities}
-    rest = list(zip(each(pool.y.index_select(0, at)), each(own), each(weight), strict=True))
-    ends, size = np.cumsum(rows), pool.sample_bytes(modalities)
-    stretch_of = ends * size // _GATHERED
-    for stretch in np.unique(stretch_of):
-        first, last = np.flatnonzero(stretch_of == stretch)[[0, -1]].tolist()
-        steps = slice(first, last + 1)
-        some = at[ends[first] - rows[first] : ends[last]]
-        x = {m: each(pool.x[m].index_select(0, some), steps) for m in modalities}
-        for i in range(first, last + 1):
-            yield Batch(
-                {m: t[i - first] for m, t in x.items()},
-                Presence({m: t[i] for m, t in present.items()}, whole),
-                *rest[i],
-            )
-
-
-def _whole(pool: Pool, starts: Counts, plan: _Plan, modalities: Sequence[str]) -> ClientData:
-    """All samples of every member, filled up to a common number of rows."""
-    place = torch.arange(plan.longest, device=pool.y.device)
-    real = place < torch.as_tensor(plan.samples, device=pool.y.device).unsqueeze(1)
-    at = torch.as_tensor(starts, device=pool.y.device).unsqueeze(1) + torch.where(real, place, 0)
-    return ClientData(
-        {m: pool.x[m][at] for m in modalities},
-        {m: pool.present[m][at] & real for m in modalities},
-        torch.where(real, pool.y[at], 0),
-        pool.classes,
-        real,
-    )
-
-
-def _rows(data: ClientData, rows: Tensor) -> ClientData:
-    """Some clients of a stack."""
-    return ClientData(
-        {m: x[rows] for m, x in data.x.items()},
-        {m: p[rows] for m, p in data.present.items()},
-        data.y[rows],
-        data.classes,
-        None if data.real is None else data.real[rows],
-    )
-
-
 def _noise(stack: Stack, objective: Objective, parameters: Tensors, generators: Sequence[torch.Generator]) -> Tensors:
     """Each client's own noise, drawn in the plain layout as if it trained alone."""
     shapes = {n: stack.plain(n, p.detach())[0] for n, p in parameters.items()}
@@ -412,7 +271,3 @@ def _noise(stack: Stack, objective: Objective, parameters: Tensors, generators: 
         )
         for key in (draws[0] if draws else {})
     }
-
-
-def _up(n: int) -> int:
-    return -(-n // _WIDTH) * _WIDTH
