@@ -160,57 +160,52 @@ class _GroupNorm(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, groups: int, eps: float) -> Tensor:
         """The normalised samples."""
         x = samples_innermost(x)
-        images = x.movedim(1, -1)
-        clients, channels, *_, batch = images.shape
-        y, buffer = torch.empty_like(images), images.new_empty(images.shape[1:])
-        moments = images.new_empty(2, clients, groups, 1, batch)
-        for k, (image, out) in enumerate(zip(images, y, strict=True)):
-            group, t = image.view(groups, -1, batch), buffer.view(groups, -1, batch)
-            mean, scale = moments[0, k], moments[1, k]
-            torch.mean(group, 1, keepdim=True, out=mean)
-            torch.sub(group, mean, out=t)
-            torch.mean(t.square_(), 1, keepdim=True, out=scale)
-            scale.add_(eps).rsqrt_()
-            by_channel = scale.expand(-1, channels // groups, -1).reshape(channels, 1, batch)
-            factor = by_channel if weight is None else by_channel * weight[k, :, None, None]
-            shift = -factor * mean.expand(-1, channels // groups, -1).reshape(channels, 1, batch)
-            if bias is not None:
-                shift += bias[k, :, None, None]
-            torch.addcmul(shift, image.flatten(1, 2), factor, out=out.flatten(1, 2))
-        ctx.save_for_backward(x, weight, moments)
-        return y.movedim(-1, 1)
+        images = x.movedim(1, -1).flatten(2, -2)
+        clients, channels, _, batch = images.shape
+        y, buffer = torch.empty_like(images), images.new_empty(groups, images[0].numel() // groups // batch, batch)
+        mean, scale = images.new_empty(2, clients, groups, 1, batch)
+        for k, group in enumerate(images.view(clients, *buffer.shape).unbind(0)):
+            torch.mean(group, 1, keepdim=True, out=mean[k])
+            torch.sub(group, mean[k], out=buffer)
+            torch.mean(buffer.square_(), 1, keepdim=True, out=scale[k])
+        scale.add_(eps).rsqrt_()
+        factor = scale.repeat_interleave(channels // groups, 1)
+        if weight is not None:
+            factor = factor * weight[:, :, None, None]
+        shift = -factor * mean.repeat_interleave(channels // groups, 1)
+        if bias is not None:
+            shift += bias[:, :, None, None]
+        for k, image in enumerate(images.unbind(0)):
+            torch.addcmul(shift[k], image, factor[k], out=y[k])
+        ctx.save_for_backward(x, weight, mean, scale, factor)
+        return y.view(x.movedim(1, -1).shape).movedim(-1, 1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of input, weight and bias."""
-        x, weight, moments = ctx.saved_tensors
-        images, g = x.movedim(1, -1), gradient.movedim(1, -1).contiguous()
-        clients, channels, high, wide, batch = images.shape
-        groups = moments.shape[2]
-        each = channels // groups
-        found, buffer = torch.empty_like(images), images.new_empty(channels, high * wide, batch)
-        sums = images.new_empty(2, clients, channels, 1, batch)
-        for k in range(clients):
-            image, part, (mean, scale) = images[k].flatten(1, 2), g[k].flatten(1, 2), moments[:, k]
-            torch.sub(image.view(groups, -1, batch), mean, out=buffer.view(groups, -1, batch))
-            torch.sum(part, 1, keepdim=True, out=sums[0, k])
-            torch.sum(buffer.mul_(part), 1, keepdim=True, out=sums[1, k])
-            weighted = sums[:, k] if weight is None else sums[:, k] * weight[k, :, None, None]
-            p, q = weighted.view(2, groups, each, batch).sum(2, keepdim=True) / (each * high * wide)
-            of_t = -(scale**3) * q
-            of_one = -scale * p - of_t * mean
-            factor, of_t, of_one = (t.expand(-1, each, -1).reshape(channels, 1, batch) for t in (scale, of_t, of_one))
-            if weight is not None:
-                factor = factor * weight[k, :, None, None]
-            out = found[k].flatten(1, 2)
-            torch.addcmul(of_one, image, of_t, out=out)
-            out.addcmul_(part, factor)
-        by_channel = moments[1].expand(-1, -1, each, -1).reshape(clients, channels, batch)
+        x, weight, mean, scale, factor = ctx.saved_tensors
+        images, g = x.movedim(1, -1).flatten(2, -2), gradient.movedim(1, -1).contiguous().flatten(2, -2)
+        clients, channels, positions, batch = images.shape
+        each = channels // mean.shape[1]
+        found, buffer = torch.empty_like(images), torch.empty_like(images[0])
+        p, q = sums = images.new_empty(2, clients, channels, 1, batch)
+        means = mean.repeat_interleave(each, 1)
+        for k, (image, part) in enumerate(zip(images.unbind(0), g.unbind(0), strict=True)):
+            torch.sum(part, 1, keepdim=True, out=p[k])
+            torch.sub(image, means[k], out=buffer)
+            torch.sum(buffer.mul_(part), 1, keepdim=True, out=q[k])
+        weighted = sums if weight is None else sums * weight[:, :, None, None]
+        of_p, of_q = weighted.view(2, clients, -1, each, 1, batch).sum(3) / (each * positions)
+        of_t = (-(scale**3) * of_q).repeat_interleave(each, 1)
+        of_one = (-scale * of_p).repeat_interleave(each, 1) - of_t * means
+        for k, (image, part) in enumerate(zip(images.unbind(0), g.unbind(0), strict=True)):
+            torch.addcmul(of_one[k], image, of_t[k], out=found[k])
+            found[k].addcmul_(part, factor[k])
         return (
-            found.movedim(-1, 1),
-            (sums[1].squeeze(2) * by_channel).sum(2) if ctx.needs_input_grad[1] else None,
-            sums[0].squeeze(2).sum(2) if ctx.needs_input_grad[2] else None,
+            found.view(x.movedim(1, -1).shape).movedim(-1, 1),
+            (q * scale.repeat_interleave(each, 1)).sum((2, 3)) if ctx.needs_input_grad[1] else None,
+            p.sum((2, 3)) if ctx.needs_input_grad[2] else None,
             None,
             None,
         )
