@@ -105,7 +105,7 @@ class _Crew:
         with torch.no_grad():
             sums = self._node(*self._job.run) or {}
             # A sum over clients is finite only if every term is: one look at it admits them all.
-            if not all(bool(torch.isfinite(t.sum())) for t in sums.values()):
+            if sums and not bool(torch.isfinite(torch.stack([t.sum() for t in sums.values()])).all()):
                 raise _NotFiniteError
             if not all(np.isfinite(a).all() for group in self._groups for a in group.report.values()):
                 raise _NotFiniteError

@@ -13,8 +13,8 @@ from torch import Tensor
 from fedmm.data.federation import Pool
 from fedmm.types import Batch, ClientData, Presence
 
-_GATHERED = 8 * 2**20
-"""Bytes of samples that are gathered at a time."""
+_GATHERED = {"cpu": 8 * 2**20, "cuda": 512 * 2**20}
+"""Bytes of samples that are gathered at a time, by kind of device: what stays in the cache, or a few steps of many."""
 
 _WIDTH = 8
 """Batches and splits are filled up to multiples of this many rows."""
@@ -133,7 +133,7 @@ def batches(
     present = {m: there if m in whole else each(pool.present[m][at] & real) for m in modalities}
     rest = list(zip(each(pool.y.index_select(0, at)), each(own), each(weight), strict=True))
     ends, size = np.cumsum(rows), pool.sample_bytes(modalities)
-    stretch_of = ends * size // _GATHERED
+    stretch_of = ends * size // _GATHERED[device.type]
     for stretch in np.unique(stretch_of):
         first, last = np.flatnonzero(stretch_of == stretch)[[0, -1]].tolist()
         steps = slice(first, last + 1)
