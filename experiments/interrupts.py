@@ -8,9 +8,11 @@ SIGTERM, which batch systems send, is the same. Only the standard library is imp
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
@@ -21,6 +23,7 @@ PATIENCE_S = 3.5
 
 
 class _State:
+    program = 0
     tidying = 0
     asked = False
 
@@ -30,6 +33,7 @@ _state = _State()
 
 def install() -> None:
     """Put this in force in the program; a library leaves signals alone."""
+    _state.program = os.getpid()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _handle)
     sys.unraisablehook = _insist
@@ -67,23 +71,51 @@ def tidy() -> Iterator[None]:
 
 def leave(message: str = "interrupted") -> NoReturn:
     """End this program now, with all processes below it."""
-    # Not before it is needed, nor half imported.
-    ray = sys.modules.get("fedmm.engines.ray_instance")
+    below: set[int] = set()
     with suppress(Exception):
-        if ray is not None:
-            ray.abandon()
-    with suppress(Exception):
-        from fedmm.engines.processes import kill_below
+        # Not before it is needed, nor half imported.
+        from fedmm.engines.processes import descendants
 
-        kill_below(os.getpid())
+        below = descendants(os.getpid()) - {os.getpid()}
+    ray = sys.modules.get("fedmm.engines.ray_instance")
+    directory = None if ray is None else ray.private_directory()
     if sys.__stderr__ is not None and sys.__stderr__.isatty():
         message = f"\x1b[?25h\r\x1b[K{message}"  # a progress bar hides the cursor
     with suppress(OSError):
         os.write(2, f"fedmm: {message}\n".encode())
+    # Once its first process is dead, Ray's thread waits half a minute for it and holds the interpreter's lock: from
+    # here on nothing may give that up.
+    sys.setswitchinterval(3600)
+    if directory is not None and os.fork() == 0:
+        _sweep(os.getppid(), directory)
+    for pid in below:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
     os._exit(CODE)
 
 
+def _sweep(parent: int, directory: str) -> NoReturn:
+    """In a process of its own: once the program is gone, end what it had just started, and remove Ray's files."""
+    with suppress(Exception):
+        os.setsid()
+        for stream in range(3):
+            os.close(stream)
+        while os.getppid() == parent:
+            time.sleep(0.01)
+        for entry in os.scandir("/proc") if os.path.isdir("/proc/self") else ():
+            with suppress(OSError, ValueError):
+                with open(f"/proc/{entry.name}/cmdline") as command:
+                    ours = directory in command.read()
+                if ours:
+                    os.kill(int(entry.name), signal.SIGKILL)
+        shutil.rmtree(directory, ignore_errors=True)
+    os._exit(0)
+
+
 def _handle(number: int, frame: FrameType | None) -> None:
+    if os.getpid() != _state.program:
+        # A process that is just being started, Ray's for one: whoever starts it waits for it, and ends it.
+        return
     if not _state.tidying or _state.asked:
         leave()
     _state.asked = True

@@ -202,6 +202,11 @@ def check() -> None:
         raise RunError(reason, remedy=RESUME)
 
 
+def private_directory() -> str | None:
+    """Where an instance that we started keeps its files; None: there is none."""
+    return None if _instance.keeper is None else _instance.keeper.directory
+
+
 def abandoned() -> bool:
     """Whether an instance was abandoned."""
     return _instance.abandoned
