@@ -61,6 +61,21 @@ def test_an_interrupt_that_became_another_error_is_an_interrupt(monkeypatch):
     assert (result.exit_code, result.stderr) == (6, "fedmm: interrupted\n")
 
 
+def test_a_process_that_is_being_started_does_not_answer_ctrl_c_for_the_program():
+    code = """
+import os, signal, sys
+from experiments import interrupts
+interrupts.install()
+child = os.fork()
+if child == 0:
+    os.kill(os.getpid(), signal.SIGINT)
+    os._exit(0)
+sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_the_trace_is_there_for_the_asking(monkeypatch):
     monkeypatch.setenv("FEDMM_DEBUG", "1")
     result = CliRunner().invoke(guarded(), ["fail", "bug"])
