@@ -26,6 +26,7 @@ class _State:
     program = 0
     tidying = 0
     asked = False
+    leaving = False
 
 
 _state = _State()
@@ -71,6 +72,7 @@ def tidy() -> Iterator[None]:
 
 def leave(message: str = "interrupted") -> NoReturn:
     """End this program now, with all processes below it."""
+    _state.leaving = True
     below: set[int] = set()
     with suppress(Exception):
         # Not before it is needed, nor half imported.
@@ -86,8 +88,9 @@ def leave(message: str = "interrupted") -> NoReturn:
     # Once its first process is dead, Ray's thread waits half a minute for it and holds the interpreter's lock: from
     # here on nothing may give that up.
     sys.setswitchinterval(3600)
+    me = os.getpid()
     if directory is not None and os.fork() == 0:
-        _sweep(os.getppid(), directory)
+        _sweep(me, directory)
     for pid in below:
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
@@ -115,6 +118,8 @@ def _sweep(parent: int, directory: str) -> NoReturn:
 def _handle(number: int, frame: FrameType | None) -> None:
     if os.getpid() != _state.program:
         # A process that is just being started, Ray's for one: whoever starts it waits for it, and ends it.
+        return
+    if _state.leaving:
         return
     if not _state.tidying or _state.asked:
         leave()
