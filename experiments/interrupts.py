@@ -88,13 +88,16 @@ def leave(message: str = "interrupted") -> NoReturn:
     # Once its first process is dead, Ray's thread waits half a minute for it and holds the interpreter's lock: from
     # here on nothing may give that up.
     sys.setswitchinterval(3600)
-    me = os.getpid()
-    if directory is not None and os.fork() == 0:
-        _sweep(me, directory)
-    for pid in below:
-        with suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
-    os._exit(CODE)
+    # Whatever goes wrong in a program that may already be closing down, it ends here.
+    try:
+        me = os.getpid()
+        if directory is not None and os.fork() == 0:
+            _sweep(me, directory)
+        for pid in below:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+    finally:
+        os._exit(CODE)
 
 
 def _sweep(parent: int, directory: str) -> NoReturn:
