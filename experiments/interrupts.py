@@ -47,6 +47,9 @@ def program() -> Iterator[None]:
     try:
         yield
     except SystemExit as end:
+        if _state.asked:
+            # Python is about to give signals back to the system, which would end it with another code.
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
         ray = sys.modules.get("fedmm.engines.ray_instance")
         if ray is not None and ray.abandoned():
             sys.stdout.flush()
