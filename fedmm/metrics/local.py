@@ -84,7 +84,10 @@ def _encoded(model: MultimodalModel, data: ClientData, m: str) -> list[_Encoded]
     for start in range(0, len(data), size):
         some: tuple[slice, ...] = ()
         if data.real is not None:
-            some = (slice(1 + int(data.real[:, start].nonzero().amax())),)
+            with_samples = data.real[:, start].nonzero()
+            if not len(with_samples):  # rows that only fill up
+                break
+            some = (slice(1 + int(with_samples.amax())),)
         elif data.y.dim() > 1:
             some = (slice(len(data.y)),)
         rows = (*some, slice(start, start + size))
