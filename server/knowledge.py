@@ -94,12 +94,8 @@ class Imbalance(Knowledge):
         both = ~ratios.isnan()
         return float((ratios[both] * n[both, 0]).sum() / n[both, 0].sum()) if bool(both.any()) else 1.0
 
-    def local_ratio(self, client: int, dominant: int, weak: int) -> float:
-        """acc_dominant / acc_weak of one client; 1 for a client that lacks either."""
-        return float(self.local_ratios(dominant, weak)[client])
-
     def local_ratios(self, dominant: int, weak: int) -> npt.NDArray[np.float64]:
-        """`local_ratio` of every client, [K]."""
+        """acc_dominant / acc_weak of every client, [K]; 1 for a client that lacks either."""
         a = self.tensors["accuracy"].clamp(min=self._FLOOR)
         found: npt.NDArray[np.float64] = (a[:, dominant] / a[:, weak]).nan_to_num(nan=1.0).numpy()
         return found

@@ -11,6 +11,7 @@ from torchmetrics.functional.classification import multiclass_f1_score
 
 from fedmm.metrics import local
 from fedmm.metrics.classification import accuracy, macro_f1
+from fedmm.models.stacked import Stack
 from fedmm.types import ClientData
 from server.aggregation import merge_reports
 from server.measure import figures, fit_probes
@@ -116,3 +117,28 @@ def test_measuring_leaves_the_model_as_it_was(training):
     local.evaluate(model, data, {})
     assert model.training == training
     assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
+
+
+@pytest.mark.parametrize("chunk", [4, 256])
+def test_rows_that_only_fill_up_a_stack_change_no_prototype(monkeypatch, chunk):
+    """Not even whole chunks of them, as a client has that was split off a stack of longer ones."""
+    monkeypatch.setattr(local, "_STACKED_CHUNK", chunk)
+    model, sizes, rows = tiny.model(MODALITIES), (7, 3), 16
+    clients = [tiny.data(MODALITIES, n, seed, 0.3) for seed, n in enumerate(sizes)]
+
+    def filled(tensors):
+        return torch.stack([torch.cat([t, t.new_zeros(rows - len(t), *t.shape[1:])]) for t in tensors])
+
+    stacked = ClientData(
+        {m: filled([c.x[m] for c in clients]) for m in MODALITIES},
+        {m: filled([c.present[m] for c in clients]) for m in MODALITIES},
+        filled([c.y for c in clients]),
+        clients[0].classes,
+        torch.arange(rows) < torch.tensor(sizes).unsqueeze(1),
+    )
+    twin = Stack(model)
+    twin.bind(twin.expand_all(dict(model.state_dict()), len(sizes)))
+    found = local.prototypes(twin.model, stacked)
+    for k, client in enumerate(clients):
+        for name, value in local.prototypes(model, client).items():
+            assert torch.allclose(found[name][k], value, rtol=1e-6, atol=1e-7)

@@ -161,8 +161,8 @@ def test_imbalance_ratios_skip_uni_modal_clients_and_keep_the_last_known():
     for k, (d, model) in enumerate(zip(datas, models, strict=True)):
         acc = {m: max(cmsfed.accuracy(model.state_dict(), d, m), 1e-3) for m in d.modalities}
         b[k] = acc["m1"] / acc["m2"] if len(acc) == 2 else None
-        assert knowledge.local_ratio(k, 0, 1) == pytest.approx(1.0 if b[k] is None else b[k])
-        assert knowledge.local_ratio(k, 1, 0) == pytest.approx(1.0 if b[k] is None else 1 / b[k])
+        assert knowledge.local_ratios(0, 1)[k] == pytest.approx(1.0 if b[k] is None else b[k])
+        assert knowledge.local_ratios(1, 0)[k] == pytest.approx(1.0 if b[k] is None else 1 / b[k])
     ratio = cmsfed.global_ratio(b, dict(enumerate(sizes)))
     assert knowledge.ratio(0, 1) == pytest.approx(ratio)
     assert knowledge.order() == ((0, 1) if ratio > 1 else (1, 0))
@@ -176,7 +176,7 @@ def test_an_accuracy_of_zero_is_clamped(accuracies):
         report |= {f"hits.{m}": torch.tensor(10 * value).double(), f"shown.{m}": torch.tensor(10.0).double()}
     knowledge.learn({}, [Update(0, 10, ("a", "b"), {}, report, 0.0, True)])
     assert 1e-4 < knowledge.ratio(0, 1) < 1e4
-    assert 1e-4 < knowledge.local_ratio(0, 0, 1) < 1e4
+    assert 1e-4 < knowledge.local_ratios(0, 1)[0] < 1e4
 
 
 @pytest.mark.parametrize("missing", [0.0, 0.4])
