@@ -2,8 +2,8 @@
 
     w_b = sum_k n_k w_{k,b} / sum_k n_k      over the clients k that trained block b; nobody did: w_b stays
 
-Sums run over a fixed binary tree of the clients' places in the round (`fedmm.trees`): a partial sum over an aligned
-run of places is a node of that tree, wherever it was computed.
+Sums run over a fixed tree of the clients' places in the round (`fedmm.trees`): a partial sum over an aligned run of
+whole leaves is a node of that tree, wherever it was computed.
 """
 
 from __future__ import annotations
