@@ -81,11 +81,11 @@ def test_a_sampled_route_that_sees_everybody_is_the_exact_one(name, greedy_kind)
 def test_theta_decides_alike_on_every_route(route):
     """A weak-only pick is an owner above theta; theta at the ends means always or never."""
     seen = situation(600, owners_of_b=0.6)
-    ratio = seen.knowledge["imbalance"].local_ratio
+    ratios = seen.knowledge["imbalance"].local_ratios(0, 1)
     picks = CMSFed(route=route, theta=1.8).select(seen, 30, numpy_rng(0, "selection"))
     weak = [p for p in picks if p.modalities == ("b",)]
     assert 0 < len(weak) < 30
-    assert all(ratio(p.client, 0, 1) > 1.8 for p in weak)
+    assert all(ratios[p.client] > 1.8 for p in weak)
     assert all(p.modalities == seen.federates.owned[p.client] for p in picks if p not in weak)
     never = CMSFed(route=route, theta=float("inf")).select(seen, 30, numpy_rng(0, "selection"))
     assert all(p.modalities == seen.federates.owned[p.client] for p in never)
