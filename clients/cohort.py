@@ -206,15 +206,15 @@ def _train(
     `state` is left as the last step of each client left it; `added` is added to every gradient.
     """
     count, device = len(members), pool.y.device
+    # Samples of each step that belongs to its client's last epoch, whose losses are reported.
     last = plan.sizes.T * (np.arange(len(plan.active))[:, None] >= plan.steps - plan.epoch_steps)
-    counted = torch.as_tensor(last, device=device).to(torch.float64).unbind(0)
     counts_at: list[bool] = np.any(last, axis=1).tolist()
     dtype = next(iter(received.values())).dtype
     drawn = draw(plan, [seeding.derive(seed, "batches", round, m.client) for m in members])
     feed = batches(pool, modalities, starts, plan, drawn, dtype)
     noisy = type(objective).noise is not Objective.noise
     generators = [seeding.torch_rng(seed, "noise", round, m.client) for m in members] if noisy else []
-    total = torch.zeros(count, dtype=torch.float64, device=device)
+    seen_losses: list[Tensor] = []
     optimiser = StackedSGD(stack, received, trained, count, members[0].schedule)
     kept = [n for n in state if n.startswith("kept.")]
     active, mine, parts = -1, state, 1
@@ -256,9 +256,24 @@ def _train(
                 mine[n] = seen[n].detach()
                 state[n] = mine[n] if active == count else torch.cat([mine[n], state[n][active:]])
             if counts_at[step]:
-                total[:active].addcmul_(loss.detach().to(torch.float64), counted[step][:active])
+                seen_losses.append(loss.detach())
             part += 1
-    return optimiser.weights(), total.cpu(), parts
+    return optimiser.weights(), _total_losses(seen_losses, last[counts_at], parts), parts
+
+
+def _total_losses(losses: Sequence[Tensor], samples: Counts, parts: int) -> Tensor:
+    """Sum of loss times samples of each client, float64 [K], over steps of `parts` losses each.
+
+    Args:
+        losses: Of the clients that are not done, in the order of steps.
+        samples: Of each of these steps [S, K].
+        parts: Losses a step.
+    """
+    places = np.concatenate([np.arange(len(loss)) for loss in losses])
+    rows = np.repeat(samples, parts, axis=0)
+    weights = np.concatenate([row[: len(loss)] for row, loss in zip(rows, losses, strict=True)])
+    each = torch.cat(list(losses)).cpu().to(torch.float64).numpy()
+    return torch.from_numpy(np.bincount(places, weights * each, samples.shape[1]))
 
 
 def _noise(stack: Stack, objective: Objective, parameters: Tensors, generators: Sequence[torch.Generator]) -> Tensors:

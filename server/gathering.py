@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 
 from fedmm.config.schema import TrainConfig
+from fedmm.engines.costs import TRAINING_FACTOR, training_flops
 from fedmm.metrics.fields import Sizes, statistics_fields
 from fedmm.models import blocks_of
 from fedmm.models.blocks import block_of, serves
@@ -20,7 +21,7 @@ from server.admission import Expected
 from server.aggregation import Gathered
 from server.crews import Answers, Order
 from server.facts import Federates, Knowledge
-from server.places import arrange, cohort_size
+from server.places import Size, arrange, cohort_size
 from server.plan import Plan
 from server.policy import Policy
 from server.selection import Pick
@@ -43,15 +44,18 @@ def sizes_of(plan: Plan) -> Sizes:
 _NO_TERMS = Terms()
 
 
-class _Parameters(dict[tuple[str, ...], int]):
-    """Modalities -> numbers of the model that serve them, counted when first asked for."""
+class _Sizes(dict[tuple[str, ...], Size]):
+    """Modalities -> how large the model is that serves them, found out when first asked for."""
 
-    def __init__(self, model: Tensors) -> None:
+    def __init__(self, plan: Plan) -> None:
         super().__init__()
-        self._model = model
+        self._plan = plan
 
-    def __missing__(self, modalities: tuple[str, ...]) -> int:
-        self[modalities] = sum(t.numel() for n, t in self._model.items() if serves(n, modalities))
+    def __missing__(self, modalities: tuple[str, ...]) -> Size:
+        model = self._plan.model
+        numbers = sum(t.numel() for n, t in model.state_dict().items() if serves(n, modalities))
+        flops = training_flops(model, self._plan.dataset.specs, modalities)
+        self[modalities] = Size(numbers, flops // (2 * TRAINING_FACTOR))
         return self[modalities]
 
 
@@ -80,7 +84,7 @@ class Collector:
         self._requests = tuple(sorted({r for k in knowledge.values() for r in k.requests}))
         self._deltas = min((k.deltas for k in knowledge.values() if k.deltas is not None), key=len, default=None)
         self._cohort = cohort_size(plan.config)
-        self._parameters = _Parameters(plan.model.state_dict())
+        self._sizes = _Sizes(plan)
         self.terms = terms
 
     def collect(
@@ -120,7 +124,7 @@ class Collector:
                 picks,
                 steps,
                 passes * sizes,
-                self._parameters,
+                self._sizes,
                 self._cohort,
                 halved=self._plan.config.engine.device == "cpu",
             ),

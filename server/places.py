@@ -3,15 +3,17 @@
 It follows from the picks, their work and the configured stack size alone, never from the number of workers or from
 timing, so that every engine adds up the same tree.
 
-    cost of a stack = STEP max_k s_k + sum_k P_k (CLIENT_STEP s_k + n_k + CLIENT)
+    cost of a stack = STEP max_k s_k + sum_k (P_k (CLIENT_STEP s_k + CLIENT) + M_k n_k)
 
-over its clients k, which take s_k optimiser steps over n_k samples (epochs counted) and train P_k numbers each.
+over its clients k, which take s_k optimiser steps over n_k samples (epochs counted), train P_k numbers each, and
+multiply M_k times to pass a sample through their model.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import accumulate
 
 import numpy as np
@@ -21,17 +23,18 @@ from fedmm.config.schema import Config
 from fedmm.trees import aligned
 from server.selection import Pick
 
-_STEP = 10e6
-"""What a step costs whatever the number of clients in it, in units of a sample's pass through one parameter; this and
-the next three are measured on a CPU."""
+_STEP = 26e6
+"""What a step costs whatever the number of clients in it, in multiplications of a sample's forward pass; this and the
+next three are measured on a CPU."""
 
-_CLIENT_STEP = 20.0
-"""What a client adds to a step besides its samples, chiefly the update of its weights, in samples."""
+_CLIENT_STEP = 100.0
+"""What a client adds to a step besides its samples: the update of its weights, and rows that fill up its batch; for
+each number of its model."""
 
-_CLIENT = 50.0
-"""What a client costs besides its steps, chiefly its place in the sums, in samples."""
+_CLIENT = 45.0
+"""What a client costs besides its steps, chiefly its place in the sums; for each number of its model."""
 
-_STACK = 2
+_STACK = 3
 """What one more stack costs besides its clients and their steps, in steps."""
 
 _FEW = 4
@@ -45,6 +48,19 @@ _HALVINGS = 10
 Counts = npt.NDArray[np.int64]
 
 
+@dataclass(frozen=True)
+class Size:
+    """How large a model is.
+
+    Attributes:
+        parameters: Numbers that a client trains.
+        multiplications: In the forward pass of one sample.
+    """
+
+    parameters: int
+    multiplications: int
+
+
 def cohort_size(config: Config) -> int:
     """Most clients in a stack."""
     if config.engine.cohort == "off":
@@ -56,7 +72,7 @@ def arrange(
     picks: Sequence[Pick],
     steps: Counts,
     samples: Counts,
-    parameters: Mapping[tuple[str, ...], int],
+    sizes: Mapping[tuple[str, ...], Size],
     cohort: int,
     *,
     halved: bool = True,
@@ -72,7 +88,7 @@ def arrange(
         picks: The round's picks.
         steps: Optimiser steps of each.
         samples: Samples that each passes over, all epochs together.
-        parameters: Numbers of the model that clients train, by their modalities.
+        sizes: Of the model that clients train, by their modalities.
         cohort: Most clients in a stack, a power of two.
         halved: Make an even number of stacks; otherwise as few as there can be, for one device that does them all.
     """
@@ -82,8 +98,9 @@ def arrange(
     kind = np.array([kinds.index(p.modalities) for p in picks])
     clients = np.array([p.client for p in picks])
     order = np.lexsort((clients, -samples, -steps, kind))
-    kind, steps = kind[order], steps[order]
-    own = np.array([parameters[k] for k in kinds])[kind] * (_CLIENT_STEP * steps + samples[order] + _CLIENT)
+    kind, steps, samples = kind[order], steps[order], samples[order]
+    numbers, products = np.array([(sizes[k].parameters, sizes[k].multiplications) for k in kinds])[kind].T
+    own = numbers * (_CLIENT_STEP * steps + _CLIENT) + products * samples
     ends = np.searchsorted(kind, np.arange(len(kinds)), side="right")
     line = _Line(
         (_STEP * steps).tolist(),
