@@ -12,7 +12,7 @@ _CLIENT_KEYS = ("data", "scenario", "model", "objective", "train", "faults", "se
 
 def client_spec(config: Config) -> str:
     """The keys that clients need, as canonical JSON."""
-    full: dict[str, Any] = config.model_dump(mode="json")
+    full: dict[str, Any] = config.model_dump()
     spec = {key: full[key] for key in _CLIENT_KEYS}
     if config.engine.device != "cpu":
         spec["engine"] = {"device": config.engine.device}

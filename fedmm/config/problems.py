@@ -21,6 +21,7 @@ _EXPECTED = {
     "list_type": "a list",
     "dict_type": "a mapping",
     "finite_number": "a finite number",
+    "too_short": "a list with an entry",
 }
 
 
@@ -39,7 +40,7 @@ def config_error(error: ValidationError, model: type[BaseModel], origin: Mapping
         found.setdefault(path, []).append((section, dict(detail)))
     # Of a union, pydantic reports every branch; the deepest complaint is about what the user meant.
     deepest = {path: at for path, at in found.items() if not any(other.startswith(f"{path}.") for other in found)}
-    problems = [_describe(path, details, model, origin) for path, details in deepest.items()]
+    problems = [describe(path, details, model, origin) for path, details in deepest.items()]
     if len(problems) == 1:
         path, what, remedy = problems[0]
         return ConfigError(what, where=": ".join(filter(None, (where, path))), remedy=remedy)
@@ -88,9 +89,17 @@ def _models(annotation: Any) -> Iterator[type[BaseModel]]:
             yield from _models(inner)
 
 
-def _describe(
+def describe(
     path: str, details: list[tuple[str, dict[str, Any]]], model: type[BaseModel], origin: Mapping[str, str]
 ) -> tuple[str, str, str | None]:
+    """What pydantic found at one place: the place, what is wrong, and what to do.
+
+    Args:
+        path: The place.
+        details: The section and the error, for each branch of a union.
+        model: The model that was validated.
+        origin: Config path -> where the value was set.
+    """
     section, detail = details[0]
     if detail["type"] == "extra_forbidden":
         name = path.rpartition(".")[2]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -14,6 +13,7 @@ from fedmm.data.partition import PARTITIONS
 from fedmm.data.sources import avdigits, cgmnist, emoji9, htad, mfeat, synthetic, watch
 from fedmm.data.validate import problems
 from fedmm.errors import ConfigError, DataError, FedmmError, nearest
+from fedmm.plugins import imported
 from fedmm.types import Dataset
 
 __all__ = ["DATASETS", "PARTITIONS", "Federation", "Source", "build_federation", "load_dataset"]
@@ -74,21 +74,13 @@ def _known(name: str) -> Source:
         raise ConfigError(
             f"unknown data set {name!r}",
             where="data.name",
-            remedy=f"{nearest(name, DATASETS)} Or give your own as package.module:function",
+            remedy=f"{nearest(name, DATASETS)}; your own: package.module:function",
         )
     return DATASETS[name]
 
 
 def _own(cfg: DataConfig) -> Dataset:
-    module, _, function = cfg.name.partition(":")
-    try:
-        loader = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigError(
-            f"cannot import {cfg.name!r}: {error}",
-            where="data.name",
-            remedy="write package.module:function and make sure that Python finds the module",
-        ) from error
+    loader = imported(cfg.name, "data.name")
     try:
         dataset = loader(cfg)
     except FedmmError:
@@ -97,7 +89,7 @@ def _own(cfg: DataConfig) -> Dataset:
         raise DataError(
             f"the loader failed with {type(error).__name__}: {error}",
             where=cfg.name,
-            remedy=f"call {function}(DataConfig(name=...)) in Python to see where",
+            remedy=f"call {cfg.name.partition(':')[2]}(DataConfig(name=...)) in Python to see where",
         ) from error
     if not isinstance(dataset, Dataset):
         raise DataError(f"{cfg.name} returned {type(dataset).__name__}, not fedmm.types.Dataset", where="data.name")

@@ -27,6 +27,7 @@ from math import factorial
 from typing import ClassVar
 
 import torch
+from pydantic import NonNegativeFloat
 from torch import Tensor
 
 from fedmm.models.blocks import block_of, modality_of
@@ -47,8 +48,8 @@ class AdaptiveModulation(Objective):
     least_modalities: ClassVar[int] = 2
     stacks: ClassVar[bool] = True
     acts: ClassVar[frozenset[str]] = frozenset({"coefficient"})
-    alpha: float = 1.0
-    cap: float = 10.0
+    alpha: NonNegativeFloat = 1.0
+    cap: NonNegativeFloat = 10.0
 
     def begin(self, model: MultimodalModel, data: ClientData, broadcast: Tensors) -> Tensors:
         """No history."""

@@ -24,9 +24,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
+import pydantic
 import torch
+from pydantic import NonNegativeInt
 from torch import Tensor
 
 from fedmm import seeding
@@ -53,8 +55,8 @@ class GradientBlending(Objective):
     requires: ClassVar[frozenset[str]] = frozenset({"unimodal_heads"})
     least_modalities: ClassVar[int] = 2
     stacks: ClassVar[bool] = True
-    held_out: float = 0.1
-    split: int = 0
+    held_out: Annotated[float, pydantic.Field(gt=0, lt=1)] = 0.1
+    split: NonNegativeInt = 0
     adapt: bool = True
 
     def begin(self, model: MultimodalModel, data: ClientData, broadcast: Tensors) -> Tensors:

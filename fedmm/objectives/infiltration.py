@@ -28,6 +28,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
+from pydantic import NonNegativeFloat, NonNegativeInt
 from torch import Tensor
 
 from fedmm.metrics.local import predict
@@ -56,11 +57,11 @@ class Infiltration(Objective):
     least_modalities: ClassVar[int] = 2
     stacks: ClassVar[bool] = True
     acts: ClassVar[frozenset[str]] = frozenset({"guided"})
-    lambda_self: float = 2.0
-    lambda_cmi: float = 1.0
-    kappa: float = 2.0
-    warmup_rounds: int = 1
-    prox_mu: float = 0.0
+    lambda_self: NonNegativeFloat = 2.0
+    lambda_cmi: NonNegativeFloat = 1.0
+    kappa: NonNegativeFloat = 2.0
+    warmup_rounds: NonNegativeInt = 1
+    prox_mu: NonNegativeFloat = 0.0
     dominance: Literal["batch_local", "round_global"] = "batch_local"
     temperature: Literal["class_wise", "off"] = "class_wise"
     teacher: Literal["global", "local"] = "global"

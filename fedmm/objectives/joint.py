@@ -12,6 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from pydantic import NonNegativeFloat
 from torch import Tensor
 
 from fedmm.models.multimodal import MultimodalModel
@@ -39,7 +40,7 @@ class Prox(Joint):
     """
 
     stacks: ClassVar[bool] = True
-    mu: float = 0.01
+    mu: NonNegativeFloat = 0.01
 
     def begin(self, model: MultimodalModel, data: ClientData, broadcast: Tensors) -> Tensors:
         """Keep the received weights w_hat."""
@@ -60,7 +61,7 @@ class Auxiliary(Objective):
 
     requires: ClassVar[frozenset[str]] = frozenset({"unimodal_heads"})
     stacks: ClassVar[bool] = True
-    weight: float = 1.0
+    weight: NonNegativeFloat = 1.0
 
     def losses(self, model: MultimodalModel, batch: Batch, state: Tensors) -> tuple[Tensor, ...]:
         """CE(out, y) + weight * sum_m CE(o^m, y), each mean over the samples that have m."""

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
+from pydantic import PositiveFloat
 from torch import Tensor
 
 from fedmm.models.blocks import block_of, modality_of
@@ -44,7 +45,7 @@ class ParetoIntegration(Objective):
     least_modalities: ClassVar[int] = 2
     stacks: ClassVar[bool] = True
     one_step: ClassVar[bool] = True
-    gamma: float = 1.5
+    gamma: PositiveFloat = 1.5
     solve: Literal["encoder", "tensor"] = "encoder"
     integrate: bool = True
 

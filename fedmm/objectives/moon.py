@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
+from pydantic import NonNegativeFloat, PositiveFloat
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -44,8 +45,8 @@ class ModelContrast(Objective):
 
     needs: ClassVar[frozenset[str]] = frozenset({"previous"})
     stacks: ClassVar[bool] = True
-    mu: float = 1.0
-    tau: float = 0.5
+    mu: NonNegativeFloat = 1.0
+    tau: PositiveFloat = 0.5
     level: Literal["joint", "modality"] = "joint"
 
     def begin(self, model: MultimodalModel, data: ClientData, broadcast: Tensors) -> Tensors:

@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
+from pydantic import NonNegativeFloat, NonNegativeInt
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -50,8 +51,8 @@ class Negative(Objective):
     least_modalities: ClassVar[int] = 2
     stacks: ClassVar[bool] = True
     acts: ClassVar[frozenset[str]] = frozenset({"guided"})
-    lambda_negative: float = 0.7
-    warmup_rounds: int = 4
+    lambda_negative: NonNegativeFloat = 0.7
+    warmup_rounds: NonNegativeInt = 4
     competitor: Literal["fused", "per_modality"] = "fused"
     guide: Literal["local", "global"] = "local"
     reduction: Literal["paper", "code"] = "paper"

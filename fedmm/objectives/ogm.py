@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
+from pydantic import NonNegativeFloat, NonNegativeInt
 from torch import Tensor
 
 from fedmm.models.blocks import block_of, modality_of
@@ -46,11 +47,11 @@ class GradientModulation(Objective):
     least_modalities: ClassVar[int] = 2
     stacks: ClassVar[bool] = True
     acts: ClassVar[frozenset[str]] = frozenset({"coefficient"})
-    alpha: float = 0.3
+    alpha: NonNegativeFloat = 0.3
     enhance: bool = True
     reference: Literal["smallest", "others"] = "smallest"
     tensors: Literal["all", "convolution"] = "all"
-    stop_round: int | None = None
+    stop_round: NonNegativeInt | None = None
 
     def begin(self, model: MultimodalModel, data: ClientData, broadcast: Tensors) -> Tensors:
         """Whether this round is modulated."""

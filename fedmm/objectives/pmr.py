@@ -21,9 +21,11 @@ CE(out, y) alone. 1e-12 under the root.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
+import pydantic
 import torch
+from pydantic import NonNegativeFloat, NonNegativeInt
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -48,10 +50,10 @@ class PrototypicalRebalance(Objective):
     least_modalities: ClassVar[int] = 2
     stacks: ClassVar[bool] = True
     acts: ClassVar[frozenset[str]] = frozenset({"enhanced"})
-    alpha: float = 1.0
-    memory: float = 0.2
-    entropy: float = 0.0
-    entropy_rounds: int = 5
+    alpha: NonNegativeFloat = 1.0
+    memory: Annotated[float, pydantic.Field(ge=0, le=1)] = 0.2
+    entropy: NonNegativeFloat = 0.0
+    entropy_rounds: NonNegativeInt = 5
 
     def begin(self, model: MultimodalModel, data: ClientData, broadcast: Tensors) -> Tensors:
         """One pass of the received model over the local data: prototypes [C, d] of the owned modalities."""

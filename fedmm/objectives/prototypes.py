@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
+from pydantic import NonNegativeFloat
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -54,9 +55,9 @@ class Prototypes(Objective):
     needs: ClassVar[frozenset[str]] = frozenset({"prototypes"})
     stacks: ClassVar[bool] = True
     acts: ClassVar[frozenset[str]] = frozenset({"enhanced"})
-    alpha: float = 2.0
+    alpha: NonNegativeFloat = 2.0
     variant: Literal["v2", "v1"] = "v2"
-    beta: float = 1.0
+    beta: NonNegativeFloat = 1.0
     weak: Literal["batch", "all"] = "batch"
 
     def begin(self, model: MultimodalModel, data: ClientData, broadcast: Tensors) -> Tensors:

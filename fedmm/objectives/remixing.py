@@ -29,6 +29,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
+from pydantic import NonNegativeFloat, NonNegativeInt
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -60,9 +61,9 @@ class Remixing(Objective):
     acts: ClassVar[frozenset[str]] = frozenset({"assigned"})
     skips: ClassVar[str] = "a batch has one modality alone"
     alone: ClassVar[str] = "unequal subsets give each client its own number and order of batches"
-    warmup_rounds: int = 5
-    warmup_weight: float = 0.5
-    weight: float = 1.0
+    warmup_rounds: NonNegativeInt = 5
+    warmup_weight: NonNegativeFloat = 0.5
+    weight: NonNegativeFloat = 1.0
     mask: Literal["skip", "feature", "input"] = "skip"
     order: Literal["interleave", "blocked"] = "interleave"
     reassign: Literal["round", "epoch"] = "round"

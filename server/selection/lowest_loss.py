@@ -14,6 +14,7 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
+from pydantic import PositiveInt
 
 from server.selection.base import Pick, Selector, Situation
 
@@ -26,7 +27,7 @@ class LowestLoss(Selector):
         candidates: Clients that are asked, drawn uniformly; null: all that may take part.
     """
 
-    candidates: int | None = None
+    candidates: PositiveInt | None = None
 
     def select(self, situation: Situation, count: int, rng: np.random.Generator) -> list[Pick]:
         """See `Selector.select`; of clients with the same rank the first modality's come first."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+from pydantic import PositiveInt
 
 from server.selection.base import Pick, Selector, Situation
 
@@ -18,7 +19,7 @@ class PowerOfChoice(Selector):
         proportional: Draw in proportion to n_k (the paper), or uniformly.
     """
 
-    d: int | None = None
+    d: PositiveInt | None = None
     proportional: bool = True
 
     def select(self, situation: Situation, count: int, rng: np.random.Generator) -> list[Pick]:

@@ -39,6 +39,7 @@ from typing import ClassVar, Literal, cast
 
 import numpy as np
 import torch
+from pydantic import NonNegativeFloat, PositiveInt
 
 from server.directions import STORED, Directions, Matrix, sketch, unit
 from server.knowledge import Imbalance
@@ -105,7 +106,7 @@ class _Greedy(Selector):
     """
 
     greedy: Literal["stochastic", "plain"] = "stochastic"
-    candidates: int | None = None
+    candidates: PositiveInt | None = None
     normalize_delta: bool = False
     route: Literal["auto", "exact", "sampled"] = "auto"
 
@@ -182,7 +183,7 @@ class CMSFed(_Greedy):
 
     needs: ClassVar[frozenset[str]] = frozenset({"directions", "imbalance"})
     least_modalities: ClassVar[int] = 2
-    theta: float = 1.5
+    theta: NonNegativeFloat = 1.5
 
     def select(self, situation: Situation, count: int, rng: np.random.Generator) -> list[Pick]:
         """See `Selector.select`."""

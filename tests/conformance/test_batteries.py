@@ -86,7 +86,7 @@ def test_a_strangers_plugins_run_together(tmp_path):
     ("name", "match"),
     [
         ("sample_plugin:Nothing", "cannot import"),
-        ("no_such_module:Nothing", "PYTHONPATH"),
+        ("no_such_module:Nothing", "Python finds the module"),
         ("sample_plugin:InTurn", "not a subclass"),
         ("jiont", 'did you mean "joint"'),
     ],

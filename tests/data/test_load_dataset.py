@@ -52,7 +52,7 @@ def test_a_users_function_is_loaded(own):
         ("leaky", DataError, "units are in train and in val"),
         ("number", DataError, "returned int"),
         ("lost", DataError, "FileNotFoundError"),
-        ("lod", ConfigError, "cannot import"),
+        ("lod", ConfigError, "cannot import.*has no attribute"),
     ],
 )
 def test_a_users_mistake_is_named(own, function, error, words):
