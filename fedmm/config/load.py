@@ -122,11 +122,13 @@ def load_compare(path: Path | str | None, overrides: Sequence[str] = ()) -> Comp
         raise ConfigError(f"a comparison that {what} no methods", where=where, remedy='add "methods: [fedavg, fedcmi]"')
     methods: dict[str, dict[str, Any]] = {}
     settings: dict[str, dict[str, Any]] = {"default": {}}
+    offered: set[str] = set()
     for source, values in ((where, written), ("command line", given)):
         if "methods" in values:
             methods = _methods(values["methods"], methods, f"{source}: methods", named="method" in chosen)
         if "settings" in values:
             settings = _labelled(values["settings"], settings, f"{source}: settings")
+        offered |= methods.keys()
     if "methods" in given and "baseline" not in given and chosen.get("baseline") not in methods:
         chosen.pop("baseline", None)
     baseline = chosen.get("baseline", next(iter(methods)))
@@ -143,7 +145,7 @@ def load_compare(path: Path | str | None, overrides: Sequence[str] = ()) -> Comp
             seeds=_seeds(given if {"seed", "seeds"} & given.keys() else written),
             baseline=baseline,
             references=chosen.get("references", []),
-            tune=chosen.get("tune"),
+            tune=_tune(chosen.get("tune"), offered - methods.keys()),
             base={**base, **({"method": given["method"]} if "method" in given else {})},
             overrides=nest(on_top.values),
         )
@@ -176,6 +178,14 @@ def expand(compare: CompareConfig) -> list[Cell]:
                 )
             cells += [Cell(setting, label, seed, run) for seed, run in zip(compare.seeds, runs, strict=True)]
     return cells
+
+
+def _tune(value: Any, dropped: set[str]) -> Any:
+    """`tune` without the candidates of methods that were not picked."""
+    if not isinstance(value, dict) or not isinstance(value.get("candidates"), dict):
+        return value
+    kept = {label: trials for label, trials in value["candidates"].items() if label not in dropped}
+    return {**value, "candidates": kept}
 
 
 def _check_top_level_key(key: str) -> None:

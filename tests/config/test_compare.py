@@ -2,6 +2,7 @@
 
 import pytest
 
+from experiments.tuning import trials
 from fedmm.config.load import expand, load_compare
 from fedmm.config.presets import PRESETS
 from fedmm.errors import ConfigError
@@ -92,6 +93,17 @@ def test_the_command_line_picks_labels_settings_and_seeds(path):
 )
 def test_seeds(path, overrides, seeds):
     assert load_compare(path, overrides).seeds == seeds
+
+
+def test_tuning_goes_with_the_methods_that_are_picked(tmp_path):
+    file = tmp_path / "compare.yaml"
+    candidates = "{fedavg: [{train.lr: 0.1}], full: [{train.lr: 0.2}], no-self: [{train.lr: 0.3}]}"
+    file.write_text(TEXT + f"tune: {{candidates: {candidates}}}", encoding="utf-8")
+    picked = load_compare(file, ["methods=[full, fedavg]"])
+    assert {trial.cell.label for trial in trials(picked)} == {"full", "fedavg"}
+    file.write_text(TEXT + "tune: {candidates: {ful: [{train.lr: 0.1}]}}", encoding="utf-8")
+    with pytest.raises(ConfigError, match='did you mean "full"'):
+        trials(load_compare(file, ["methods=[full, fedavg]"]))
 
 
 def test_default_seeds():
