@@ -111,7 +111,7 @@ def read(path: Path) -> dict[str, Any]:
     try:
         text = path.read_bytes().decode("utf-8-sig")
     except FileNotFoundError:
-        raise ConfigError("no such file", where=str(path), remedy="check the path of the configuration") from None
+        raise ConfigError("no such file", where=str(path), remedy="check the path, or write key=value") from None
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         raise ConfigError(f"cannot be read: {reason}", where=str(path), remedy="name a readable YAML file") from None

@@ -14,6 +14,7 @@ from fedmm.errors import ConfigError, nearest
 from fedmm.types import Dataset, ModalitySpec
 
 CARDS = EMBEDDED / "cards"
+PICTURES = (".png", ".jpg", ".pdf", ".svg")
 
 
 def describe(name: str) -> str:
@@ -30,7 +31,13 @@ def describe(name: str) -> str:
 
 
 def preview(dataset: Dataset, path: Path, columns: int = 10) -> Path:
-    """Draw one training sample of each of the first `columns` classes, a row a modality, and save it to `path`."""
+    """Draw one training sample of each of the first `columns` classes, a row a modality, and save it to `path`.
+
+    Raises:
+        ConfigError: The path does not end as a picture's does.
+    """
+    if path.suffix not in PICTURES:
+        raise ConfigError("is no picture file", where=str(path), remedy=f"choose from: {', '.join(PICTURES)}")
     labels = range(min(columns, len(dataset.classes)))
     shown = [_first(dataset, label) for label in labels]
     figure = Figure(figsize=(1.3 * len(shown), 1.5 * len(dataset.specs) + 0.4), layout="constrained")

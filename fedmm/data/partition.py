@@ -202,12 +202,13 @@ def partition(
     Raises:
         ConfigError: Too few samples for K clients, or settings that cannot be met.
     """
-    if len(y) < clients * cfg.min_samples:
+    most = len(y) // cfg.min_samples
+    if clients > most:
         raise ConfigError(
             f"{clients} clients with {cfg.min_samples} samples each need {clients * cfg.min_samples} training samples, "
             f"the data set has {len(y)}",
             where="scenario.clients",
-            remedy=f"use at most {len(y) // cfg.min_samples} clients",
+            remedy=f"use at most {most} clients" if most else "lower scenario.partition.min_samples",
         )
     return PARTITIONS[cfg.name].assign(y, groups, clients, cfg, rng)
 

@@ -47,7 +47,11 @@ class MultimodalModel(nn.Module):
         d = config.features
         names = config.encoder if isinstance(config.encoder, dict) else dict.fromkeys(specs, config.encoder)
         if unknown := set(names) - set(specs):
-            raise ConfigError(f"no such modality: {', '.join(sorted(unknown))}", where="model.encoder")
+            raise ConfigError(
+                f"no such modality: {', '.join(sorted(unknown))}",
+                where="model.encoder",
+                remedy=f"choose from: {', '.join(specs)}",
+            )
         self.encoder = nn.ModuleDict(
             {m: build_encoder(names.get(m, "auto"), spec, d, config.width, config.norm) for m, spec in specs.items()}
         )

@@ -27,3 +27,10 @@ def test_unknown_cards_are_refused():
 def test_a_picture_is_drawn(tmp_path, name):
     path = preview(load_dataset(DataConfig(name=name)), tmp_path / "new" / "picture.png", columns=4)
     assert path.read_bytes()[:4] == b"\x89PNG"
+
+
+@pytest.mark.parametrize("name", ["picture.txt", "picture"])
+def test_a_picture_that_is_none_is_refused(tmp_path, name):
+    with pytest.raises(ConfigError, match=r"choose from: \.png"):
+        preview(load_dataset(DataConfig(name="synthetic")), tmp_path / name)
+    assert not list(tmp_path.iterdir())
