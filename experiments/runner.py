@@ -205,7 +205,7 @@ def _known_verdict(out: Path, config: Config) -> Verdict | None:
     """The layout that an earlier session of this run chose, if it chose one of the same size."""
     try:
         return read_verdict(json.loads((out / "manifest.json").read_text())["layout"], cohort_size(config))
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
@@ -249,7 +249,7 @@ def _progress(console: Console) -> Progress:
 
 @contextmanager
 def _recorded_failure(directory: RunDirectory) -> Iterator[None]:
-    """Leave a summary behind that says how the run ended, if it did not end well."""
+    """Leave a summary behind that says how the run ended, if it did not end well; nothing, if it could not begin."""
     try:
         yield
     except (Exception, KeyboardInterrupt) as error:
@@ -262,7 +262,8 @@ def _recorded_failure(directory: RunDirectory) -> Iterator[None]:
                 where=str(directory.path),
                 remedy="free space or choose another --out",
             ) from error
-        _note(directory, "failed", str(error))
+        if not (isinstance(error, ConfigError) and directory.withdraw()):
+            _note(directory, "failed", str(error))
         raise
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from math import ceil
+from textwrap import shorten
 from typing import Any
 
 from fedmm.config.schema import PolicyConfig
@@ -94,10 +95,10 @@ class Policy:
             self.events.append(Event(round, "short", None, reason, "accepted what came"))
             return True
         if self.config.on_short == "fail":
+            last = next((e.reason for e in reversed(self.events) if e.kind != "short"), "none is on record")
             self.events.append(Event(round, "short", None, reason, "ended the run"))
-            last = next((e.reason for e in reversed(self.events) if e.client is not None), "")
             raise RunError(
-                f"{reason}; last reason: {last}",
+                f"{reason}; last reason: {shorten(last, 300)}",
                 where=f"round {round}",
                 remedy="cure the clients and go on with --resume, or relax policy.min_replies, policy.on_short or "
                 "policy.retries",

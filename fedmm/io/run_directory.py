@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import shlex
+import shutil
 import sys
 from collections.abc import Iterable
 from datetime import UTC, datetime
@@ -70,6 +71,7 @@ class RunDirectory:
     ) -> None:
         self.path, self.config = path, config
         check_place(path, config, resume=resume)
+        self._new = not path.exists()
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
             self.checkpoint: Checkpoint | None = load_checkpoint(self.checkpoints) if resume else None
@@ -91,6 +93,14 @@ class RunDirectory:
     def finished(self) -> dict[str, Any] | None:
         """The summary, if the run that lies here is complete."""
         return read_summary(self.path)
+
+    def withdraw(self) -> bool:
+        """Take back the files of a run that could not begin, so that the place is free; False: it had begun."""
+        ours = {"config.yaml", "manifest.json", "checkpoints"}
+        if not self._new or {entry.name for entry in self.path.iterdir()} != ours or any(self.checkpoints.iterdir()):
+            return False
+        shutil.rmtree(self.path)
+        return True
 
     def append(self, rows: Iterable[Row]) -> None:
         """Append measurements to metrics.jsonl and flush."""
@@ -117,6 +127,8 @@ class RunDirectory:
         try:
             old = json.loads((self.path / "manifest.json").read_text())
         except (OSError, ValueError):
+            return []
+        if not isinstance(old, dict):
             return []
         return [*old.get("earlier_sessions", []), {key: old.get(key) for key in ("started", "command", "events")}]
 
@@ -154,13 +166,13 @@ def check_place(path: Path, config: Config, *, resume: bool) -> None:
 
 
 def read_metrics(path: Path) -> pd.DataFrame:
-    """metrics.jsonl as a table; a last line that was cut off is left out."""
+    """metrics.jsonl as a table; what follows a damaged line, such as a last one cut off, is left out."""
     rows = []
     file = path / "metrics.jsonl"
-    for line in file.read_text().splitlines() if file.exists() else []:
+    for line in file.read_text(errors="replace").splitlines() if file.exists() else []:
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
+            rows.append(Row(**json.loads(line)))
+        except (ValueError, TypeError):
             break
     frame = pd.DataFrame(rows, columns=list(Row._fields))
     return frame.astype({"round": "int64", "client": "Int64", "value": "float64"})
@@ -169,10 +181,10 @@ def read_metrics(path: Path) -> pd.DataFrame:
 def read_summary(path: Path) -> dict[str, Any] | None:
     """summary.json of a run that came to its end (completed or degraded), else None."""
     try:
-        summary: dict[str, Any] = json.loads((path / "summary.json").read_text())
+        summary: Any = json.loads((path / "summary.json").read_text())
     except (OSError, ValueError):
         return None
-    return summary if summary.get("status") in ("completed", "degraded") else None
+    return summary if isinstance(summary, dict) and summary.get("status") in ("completed", "degraded") else None
 
 
 def now() -> str:

@@ -3,6 +3,7 @@
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -202,14 +203,66 @@ def test_wrong_configuration(verb, override, parts):
         (["selection=cmsfd"], ["selection.name", "cmsfed"]),
         (["data=avdigit"], ["data.name", "avdigits"]),
         (["data=avdigits:esy"], ["data.preset", "easy"]),
+        (["model.encoder={imag: cnn}"], ["model.encoder", "imag", "choose from: image, audio"]),
+        (["objective=broken_module:Mine"], ["objective.name", "broken_module:Mine", "SyntaxError"]),
+        (["data.name=broken_module:load"], ["data.name", "broken_module:load", "SyntaxError"]),
     ],
 )
-def test_wrong_names_of_parts(tmp_path, overrides, parts):
+def test_wrong_names_of_parts(tmp_path, monkeypatch, overrides, parts):
+    (tmp_path / "broken_module.py").write_text("def load(:\n")
+    monkeypatch.syspath_prepend(tmp_path)
     result = invoke("run", *overrides, "--out", tmp_path / "out")
     assert result.exit_code == 2
     assert result.stdout == ""
     for part in parts:
         assert part in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("overrides", "parts"),
+    [
+        (["objective=prox", "objective.mu=-1"], ["objective.mu: -1", "greater than or equal to 0"]),
+        (["objective=prox", "objective.mu=.nan"], ["objective.mu: nan", "greater than or equal to 0"]),
+        (["objective=moon", "objective.tau=0"], ["objective.tau: 0", "greater than 0"]),
+        (["method=pmr", "objective.memory=1.5"], ["objective.memory: 1.5", "less than or equal to 1"]),
+        (["method=gblend", "objective.held_out=1"], ["objective.held_out: 1", "less than 1"]),
+        (["objective=ogm", "objective.reference=other"], ["objective.reference", 'did you mean "others"']),
+        (["selection=power_of_choice", "selection.d=0"], ["selection.d: 0", "greater than 0"]),
+        (["method=cmsfed", "selection.theta=-1"], ["selection.theta: -1", "greater than or equal to 0"]),
+        (["strategy=fedadam", "strategy.eta=0"], ["strategy: eta and tau must be above 0"]),
+    ],
+)
+def test_parameters_that_cannot_be(tmp_path, overrides, parts):
+    result = invoke("run", *TINY, *overrides, "--out", tmp_path / "out")
+    assert result.exit_code == 2
+    for part in parts:
+        assert part in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("override", "part"),
+    [
+        ("scenario.clients=999", "use at most 55 clients"),
+        ("scenario.partition.min_samples=1000", "lower scenario.partition.min_samples"),
+        ("scenario.partition=natural", "no natural clients"),
+    ],
+)
+def test_a_scenario_that_the_data_cannot_meet_leaves_the_place_free(tmp_path, override, part):
+    out = tmp_path / "out"
+    result = invoke("run", *TINY, override, "--out", out)
+    assert result.exit_code == 2
+    assert part in result.stderr
+    assert not out.exists()
+    assert invoke("run", *TINY, "--out", out).exit_code == 0
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    assert invoke("run", *TINY, override, "--out", out, "--resume").exit_code == 2
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+
+
+def test_a_directory_that_was_there_stays(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    assert invoke("run", *TINY, "scenario.clients=999", "--out", tmp_path).exit_code == 2
+    assert (tmp_path / "notes.txt").read_text() == "mine"
 
 
 def test_engine_option_is_an_override():
@@ -286,6 +339,24 @@ def test_a_full_disk(tmp_path):
     assert done.returncode == 4
     assert "Traceback" not in done.stderr
     assert str(tmp_path) in done.stderr
+
+
+def test_a_deadline_that_nobody_can_meet(tmp_path):
+    result = invoke("run", *TINY, "devices=phone", "devices.deadline_s=1e-9", "--out", tmp_path)
+    assert result.exit_code == 4
+    assert "the time was over: client 0, 1, 2, 3" in result.stderr
+
+
+@pytest.mark.parametrize("name", ["summary.json", "manifest.json", "metrics.jsonl"])
+@pytest.mark.parametrize("damage", [b"[]", b"{", b"\xff\xfe", b""])
+def test_records_that_were_damaged_do_not_stop_a_resumption(finished, tmp_path, name, damage):
+    out = tmp_path / "out"
+    shutil.copytree(finished[0], out)
+    (out / "summary.json").unlink()
+    (out / name).write_bytes(damage)
+    result = invoke("run", *TINY, "--out", out, "--resume", "--json")
+    assert result.exit_code == 0, result.stderr
+    assert json.loads(result.stdout)["weights_sha256"] == json.loads(finished[1].stdout)["weights_sha256"]
 
 
 def test_replies_that_are_all_refused(tmp_path):
