@@ -125,11 +125,11 @@ def test_heldout_follows_the_training_counts(y, clients, seed):
 
 def test_ten_thousand_clients_are_quick():
     y = np.arange(60_000) % 10
-    start = time.perf_counter()
+    start = time.process_time()  # others may use the machine
     for name in ("iid", "dirichlet", "quantity", "pathological"):
         cfg = PartitionConfig(name=name, alpha=0.1)
         assert once(P.partition(y, None, 10_000, cfg, np.random.default_rng(0)), len(y))
-    assert time.perf_counter() - start < 4
+    assert time.process_time() - start < 4
 
 
 def test_the_table_covers_the_schema():

@@ -41,6 +41,17 @@ def pids(replies):
     return {reply.content["metrics"]["pid"] for reply in replies}
 
 
+def variables():
+    """Process id -> its environment, as it was started with, of every living process."""
+    found = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            with suppress(OSError):
+                words = (entry / "environ").read_bytes().decode(errors="replace").split("\0")
+                found[int(entry.name)] = dict(word.split("=", 1) for word in words if "=" in word)
+    return found
+
+
 def processes():
     """(process id, session, command) of every living process."""
     found = []

@@ -14,6 +14,7 @@ import ray
 from support import APP, CLIENTS, arrays, by_partition, messages, pids, processes
 
 from fedmm.engines.inprocess import InProcessGrid
+from fedmm.engines.processes import descendants
 from fedmm.engines.ray_workers import RayGrid, RayPool
 from fedmm.errors import RunError
 
@@ -142,12 +143,12 @@ def test_nothing_is_printed_when_workers_die(pool, capfd):
 
 @pytest.mark.slow
 def test_a_worker_killed_while_it_starts_is_replaced(pools):
-    session = os.getsid(0)
     for workers, pool in pools.items():  # or the new one takes a process that Ray has started for them
         pool.wait(workers)
 
     def starting():
-        return {pid for pid, its_session, command in processes() if its_session == session and is_worker(command)}
+        mine = descendants(os.getpid())  # tests that run beside this one have workers too
+        return {pid for pid, _, command in processes() if pid in mine and is_worker(command)}
 
     before = starting()
     with RayPool(APP, 1) as pool:
@@ -182,16 +183,16 @@ def test_deadline_and_closing_abandon_slow_clients(pool):
     pool.wait(2)
     grid = RayGrid(pool, 2)
     nodes = grid.get_node_ids()
-    slow = messages(grid, "train.slow", nodes=nodes[:1], seconds=30)
+    # On a busy machine two seconds are enough for a reply, and two minutes for everything.
+    slow = messages(grid, "train.slow", nodes=nodes[:1], seconds=150)
     started = time.monotonic()
-    replies = list(grid.stream(slow + messages(grid, nodes=nodes[1:]), timeout=0.5))
+    replies = list(grid.stream(slow + messages(grid, nodes=nodes[1:]), timeout=2))
     assert [reply.metadata.src_node_id for reply in replies] == nodes[1:]
-    assert time.monotonic() - started < 5
-    stream = grid.stream(messages(grid, "train.slow", nodes=nodes[:1], seconds=30) + messages(grid, nodes=nodes[1:]))
+    stream = grid.stream(messages(grid, "train.slow", nodes=nodes[:1], seconds=150) + messages(grid, nodes=nodes[1:]))
     next(stream)
     stream.close()
     assert len(grid.send_and_receive(messages(grid))) == 2
-    assert time.monotonic() - started < 25
+    assert time.monotonic() - started < 120
 
 
 @pytest.mark.parametrize(("app", "text"), [("bad_app:app", "a_module_that_does_not_exist"), ("dying_app:app", "died")])

@@ -388,7 +388,7 @@ def test_fewer_replies_than_asked(tmp_path, options, code):
 
 
 def test_interrupt_and_resume(tmp_path):
-    arguments = ["run", *TINY, "train.rounds=300", "--out", tmp_path]
+    arguments = ["run", *TINY, "train.rounds=30000", "--out", tmp_path]
     process = subprocess.Popen(
         command(*arguments), cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
