@@ -20,19 +20,19 @@ softmax; more than two modalities: W is the one with the smallest sum.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from pydantic import NonNegativeFloat
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from fedmm.metrics.local import class_sums, predict
 from fedmm.models.multimodal import MultimodalModel
 from fedmm.objectives.base import Objective, cross_entropy
-from fedmm.types import Batch, ClientData, Tensors
+from fedmm.types import Batch, ClientData, Presence, Tensors
 
 _FAR = 1e4
 """Distance of a class without prototype: softmax ignores it."""
@@ -74,42 +74,71 @@ class Prototypes(Objective):
             state[kind] = torch.stack([source[f"prototype.{m}"].to(dtype) for m in names], -3)
             state[f"{kind}_known"] = torch.stack([source[f"prototype_count.{m}"] > 0 for m in names], -2)
         attracting = "local" if self.variant == "v1" else "global"
-        return state | _centred(state[attracting], state[f"{attracting}_known"])
+        known = state[f"{attracting}_known"]
+        if not bool(known.all()):
+            state["known"] = known
+        return state | _centred(state[attracting], known)
 
     def losses(self, model: MultimodalModel, batch: Batch, state: Tensors) -> tuple[Tensor, ...]:
         """The loss of the module's text; one optimiser step."""
         out = model(batch.x, batch.present)
-        source = "local" if self.variant == "v1" else "global"
-        # All modalities side by side, [..., M, B, d]: as many operations as for one.
-        features = tuple(out.features.values())
-        present = torch.stack([batch.present[m] for m in out.features], -2)
-        y = batch.y.unsqueeze(-2).expand(present.shape)
-        given = present & state[f"{source}_known"].gather(-1, y)
+        # All modalities side by side, [..., M, C, B]: as many operations as for one. Classes come before samples, as
+        # a softmax over a short last axis takes ten times as long.
+        features, (*leading, size) = tuple(out.features.values()), batch.y.shape
         with torch.no_grad():
-            h = torch.stack(features, -3) - state["middle"]
-            distance = _distances(h, state)
-            logp = F.log_softmax(-distance, -2)
-            own = logp.gather(-2, y.unsqueeze(-2)).squeeze(-2)
-            every = self.weak == "all"
-            chosen = own.new_ones(own.shape[:-1]) if every else weak_modality(own.exp(), present)
-            shares = self.alpha * _shares(given, chosen)
-            slopes = _slopes(h, distance, logp.exp(), y, shares, state)
-        term = _with_slopes(-(shares * own).sum((-2, -1)), features, slopes)
+            y = batch.y.view(*leading, 1, 1, size).expand(*leading, len(features), 1, size)
+            share, votes = _shares(batch, y, state.get("known"), state["middle"].dtype)
+            h = torch.stack(features, -3).to(state["middle"].dtype).sub_(state["middle"])
+            logits = _logits(h, state)
+            log_p = F.log_softmax(logits, -2)
+            own = log_p.gather(-2, y)
+            less = own.expm1()
+            chosen = torch.ones_like(own[..., :1]) if self.weak == "all" else weak_modality(less, votes)
+            share = share * chosen
+            r = log_p.exp_().scatter_(-2, y, less).mul_(share).div_(logits)
+        c = state["centred"]
+        term = cast(Tensor, _LogLikelihood.apply(own, share, h, r, c, *features))  # type: ignore[no-untyped-call]
+        loss = torch.sub(batch.mean(cross_entropy(out.logits, batch.y)), term, alpha=self.alpha)
         if self.variant == "v1":
+            y = y.squeeze(-2)
+            has = torch.stack([batch.present[m] for m in out.features], -2) & state["global_known"].gather(-1, y)
             away = torch.stack(features, -3) - _of_class(state["global"], y)
-            given = present & state["global_known"].gather(-1, y)
-            term = term + ((away.square().sum(-1) + 1e-12).sqrt() * (self.beta * _shares(given, chosen))).sum((-2, -1))
-        state |= {f"enhanced.{m}": chosen[..., slot] for slot, m in enumerate(out.features)}
-        return (batch.mean(cross_entropy(out.logits, batch.y)) + term,)
+            each = (away.square().sum(-1) + 1e-12).sqrt() * _mean_over(has, away.dtype)
+            loss = loss + self.beta * (each * chosen.squeeze(-1)).sum((-2, -1))
+        state["enhanced"] = chosen
+        return (loss,)
 
     def actions(self, batch: Batch, state: Tensors) -> Tensors:
         """1 for each modality that has the prototype loss in the batch, else 0."""
-        return {n: chosen for n, chosen in state.items() if n.startswith("enhanced.")}
+        chosen = state["enhanced"].flatten(-3)
+        return {f"enhanced.{m}": chosen[..., slot] for slot, m in enumerate(batch.x)}
 
 
-def _shares(given: Tensor, chosen: Tensor) -> Tensor:
-    """Weight [..., M, B] of each sample in the mean over those `given`, of the modalities `chosen` [..., M]."""
-    return given * (chosen / given.sum(-1).clamp(min=1)).unsqueeze(-1)
+def _shares(batch: Batch, y: Tensor, known: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Weight of each sample in a modality's mean, and in the choice of the weak one, [..., M or 1, 1, B].
+
+    The mean is over samples that have the modality and a prototype of their class, the choice over those that have
+    every modality.
+
+    Args:
+        batch: Samples.
+        y: Labels [..., M, 1, B].
+        known: Which classes have a prototype, bool [..., M, C]; None: all.
+        dtype: Of the weights.
+    """
+    weight = None if batch.weight is None else batch.weight.view(*batch.y.shape[:-1], 1, 1, -1)
+    whole = isinstance(batch.present, Presence) and batch.present.whole.issuperset(batch.x)
+    if whole and known is None and weight is not None and weight.dtype == dtype:
+        return weight, weight
+    have = torch.stack([batch.present[m] for m in batch.x], -2).unsqueeze(-2)
+    complete = have.all(-3, keepdim=True)
+    given = have if known is None else have & known.gather(-1, y.squeeze(-2)).unsqueeze(-2)
+    return _mean_over(given, dtype), complete if weight is None else complete * weight
+
+
+def _mean_over(given: Tensor, dtype: torch.dtype) -> Tensor:
+    """Weights [..., B] of those that are `given` in their mean."""
+    return given.to(dtype) / given.sum(-1, keepdim=True).clamp(min=1)
 
 
 def _of_class(centres: Tensor, y: Tensor) -> Tensor:
@@ -143,7 +172,7 @@ def distance_logits(features: Tensor, prototypes: Tensor, known: Tensor) -> Tens
 
 
 def _centred(prototypes: Tensor, known: Tensor) -> Tensors:
-    """Prototypes [..., M, C, d] seen from their mean, for `_distances`; those unknown are far away.
+    """Prototypes [..., M, C, d] seen from their mean, for `_logits`; those unknown are far away.
 
     Lengths are then of the size of the distances, and their squares lose few digits.
     """
@@ -160,44 +189,39 @@ def _centred(prototypes: Tensor, known: Tensor) -> Tensors:
     }
 
 
-def _distances(h: Tensor, state: Tensors) -> Tensor:
-    """||h - C_c||_2 of centred features [..., M, B, d], [..., M, C, B].
+def _logits(h: Tensor, state: Tensors) -> Tensor:
+    """-||h - C_c||_2 of centred features [..., M, B, d], [..., M, C, B]."""
+    length = torch.linalg.vector_norm(h, dim=-1).unsqueeze(-2)
+    squares = torch.addcmul(state["squares"], length, length).sub_(state["centred"] @ h.mT, alpha=2)
+    return torch.maximum(squares, state["least"]).sqrt_().neg_()
 
-    Classes come before samples: a softmax over a short last axis takes ten times as long.
+
+class _LogLikelihood(torch.autograd.Function):
+    """Sum over modalities and samples of share log p_y, whose gradient with respect to h has a closed form.
+
+    - sum_c r_c (h - C_c),    r_c = share (1[c = y] - p_c) / ||h - C_c||
     """
-    own = torch.linalg.vector_norm(h, dim=-1).square().unsqueeze(-2)
-    lengths, c = own + state["squares"], state["centred"]
-    squares = torch.baddbmm(lengths.flatten(0, -3), c.flatten(0, -3), h.flatten(0, -3).transpose(1, 2), alpha=-2)
-    return torch.maximum(squares.view(lengths.shape), state["least"]).sqrt()
+
+    @staticmethod
+    def forward(ctx: Any, own: Tensor, share: Tensor, h: Tensor, r: Tensor, c: Tensor, *features: Tensor) -> Tensor:
+        ctx.save_for_backward(h, r, c)
+        return (own * share).sum((-3, -2, -1))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        h, r, c = ctx.saved_tensors
+        r = (r * gradient.view(*gradient.shape, 1, 1, 1)).mT
+        slopes = (r @ c).addcmul_(h, r.sum(-1, keepdim=True), value=-1)
+        return None, None, None, None, None, *slopes.unbind(-3)
 
 
-def _slopes(h: Tensor, distance: Tensor, p: Tensor, y: Tensor, shares: Tensor, state: Tensors) -> Tensor:
-    """Gradient of sum_i shares_i CE(l, y)_i with respect to h, [..., M, B, d], in closed form.
-
-    sum_c r_c (h - C_c),    r_c = shares (1[c = y] - p_c) / ||h - C_c||
-    """
-    shares = shares.unsqueeze(-2)
-    r = (p * -shares).scatter_add(-2, y.unsqueeze(-2), shares) / distance
-    c, flat = state["centred"].flatten(0, -3), r.flatten(0, -3).transpose(1, 2)
-    return (h * r.sum(-2).unsqueeze(-1)).flatten(0, -3).baddbmm(flat, c, alpha=-1).view(h.shape)
-
-
-def _with_slopes(value: Tensor, inputs: Sequence[Tensor], slopes: Tensor) -> Tensor:
-    """`value` [...], whose gradient with respect to input m [..., B, d] is slopes[..., m, :, :]."""
-    lines = [(x * slope).sum((-2, -1)) for x, slope in zip(inputs, slopes.unbind(-3), strict=True)]
-    line = torch.stack(lines).sum(0)
-    return value + (line - line.detach())
-
-
-def weak_modality(truth: Tensor, present: Tensor) -> Tensor:
-    """1 for the modality with the smallest sum of true-class probabilities, 0 for the others, [..., M].
-
-    A single modality is always enhanced. Sums run over samples that have every modality given.
+def weak_modality(truth: Tensor, votes: Tensor) -> Tensor:
+    """1 for the modality with the smallest sum of true-class probabilities, 0 for the others, [..., M, 1, 1].
 
     Args:
-        truth: softmax(l^m)_{y_i} [..., M, B].
-        present: bool [..., M, B].
+        truth: softmax(l^m)_{y_i}, or less the same for all, [..., M, 1, B].
+        votes: Weight of each sample [..., 1, 1, B]; a single modality is enhanced whatever they are.
     """
-    sums = torch.where(present.all(-2, keepdim=True), truth, 0.0).sum(-1)
-    slots = torch.arange(sums.shape[-1], device=sums.device)
-    return (slots == sums.argmin(-1, keepdim=True)).to(sums.dtype)
+    sums = (truth * votes).sum(-1, keepdim=True)
+    return torch.zeros_like(sums).scatter_(-3, sums.argmin(-3, keepdim=True), 1.0)

@@ -46,8 +46,9 @@ VARIANTS = [
 CASES = [{"name": n} for n, kind in OBJECTIVES.items() if kind.stacks] + VARIANTS
 
 
-def pool(owned):
-    clients = [tiny.data(MODALITIES, n, seed, 0.3).only(owned) for seed, n in enumerate(SIZES)]
+def pool(owned, whole=False):
+    missing = 0.0 if whole else 0.3
+    clients = [tiny.data(MODALITIES, n, seed, missing).only(owned) for seed, n in enumerate(SIZES)]
     return Pool(
         {m: torch.cat([c.x[m] for c in clients]) for m in owned},
         {m: torch.cat([c.present[m] for c in clients]) for m in owned},
@@ -55,7 +56,7 @@ def pool(owned):
         np.cumsum(SIZES) - np.array(SIZES),
         np.array(SIZES),
         tiny.CLASSES,
-        frozenset(),
+        frozenset(owned if whole else ()),
         (owned,) * len(SIZES),
     )
 
@@ -98,6 +99,12 @@ def test_together_as_alone(params, owned):
     compare(params, owned, SCHEDULES)
 
 
+@pytest.mark.parametrize("owned", ["all", "one"])
+@pytest.mark.parametrize("params", CASES, ids=lambda p: "-".join(str(v) for v in p.values()))
+def test_together_as_alone_where_nothing_is_missing(params, owned):
+    compare(params, owned, SCHEDULES, whole=True)
+
+
 def test_without_momentum_decay_and_clipping():
     compare({"name": "joint"}, "all", PLAIN)
 
@@ -119,12 +126,14 @@ def test_who_trains_one_by_one_says_why(params):
     assert objective.stackable() or objective.alone
 
 
-def compare(params, owned, schedules, dtype=torch.float64, tolerance=1e-12, watch=False):
+def compare(params, owned, schedules, dtype=torch.float64, tolerance=1e-12, watch=False, whole=False):
     objective = build_objective(Plugin(**params))
     objective = watched(objective) if watch else objective
-    model, samples = network(objective).to(dtype), pool(OWNED[owned]).to(torch.device("cpu"), dtype)
+    model, samples = network(objective).to(dtype), pool(OWNED[owned], whole).to(torch.device("cpu"), dtype)
     received = {n: t.clone() for n, t in model.state_dict().items()}
     sent = {n: t.to(dtype) if t.is_floating_point() else t for n, t in knowledge(model).items()}
+    if whole:
+        sent |= {n: t.clamp(min=1) for n, t in sent.items() if n.startswith("prototype_count.")}
     order = [2, 0, 3, 1]
     members = [Member(k, schedules[k]) for k in order]
     # What is a client's own must reach it, whatever its place in the stack.
