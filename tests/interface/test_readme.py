@@ -16,7 +16,6 @@ from typer.testing import CliRunner
 
 from experiments.cli import TABLES, app
 from fedmm.config.schema import DataConfig
-from fedmm.engines.flower import ENVIRONMENT
 from fedmm.testing.dataset import check_dataset
 from fedmm.testing.objective import check_objective
 
@@ -184,8 +183,9 @@ def with_variable(name, value):
 
 @pytest.mark.slow
 def test_flwr_run(tmp_path):
-    """`flwr run .` in a checkout, with a home of its own, which also tells its background processes apart."""
-    assert "`flwr run .`" in README
+    """As shown, in a checkout, with a home of its own, which also tells its background processes apart."""
+    (shown,) = re.findall(r"`((?:\w+=\w+ )+flwr run \.)`", README)
+    *variables, program, verb, place = shlex.split(shown)
     checkout, home = tmp_path / "checkout", tmp_path / "home"
     files = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     for name in files.strip("\0").split("\0"):
@@ -195,11 +195,12 @@ def test_flwr_run(tmp_path):
     keys = set(tomllib.loads((checkout / "pyproject.toml").read_text())["tool"]["flwr"]["app"]["config"])
     assert keys == {"config", "set", "out", "resume"}
     home.mkdir()
-    environment = {**os.environ, **ENVIRONMENT, "FLWR_HOME": str(home), "PATH": f"{SCRIPTS}:{os.environ['PATH']}"}
+    settings = dict(variable.split("=") for variable in variables)
+    environment = {**os.environ, **settings, "FLWR_HOME": str(home), "PATH": f"{SCRIPTS}:{os.environ['PATH']}"}
     config = f"set='data=synthetic data.samples=200 train.rounds=2 train.clients_per_round=2' out='{tmp_path / 'out'}'"
     try:
         done = subprocess.run(
-            ["flwr", "run", ".", "--stream", "--run-config", config],
+            [program, verb, place, "--stream", "--run-config", config],
             cwd=checkout,
             env=environment,
             stdin=subprocess.DEVNULL,
