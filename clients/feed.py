@@ -152,9 +152,10 @@ def everything_of(pool: Pool, starts: Counts, plan: Plan, modalities: Sequence[s
     place = torch.arange(plan.longest, device=pool.y.device)
     real = place < torch.as_tensor(plan.samples, device=pool.y.device).unsqueeze(1)
     at = torch.as_tensor(starts, device=pool.y.device).unsqueeze(1) + torch.where(real, place, 0)
+    rows = at.flatten()
     return ClientData(
-        {m: pool.x[m][at] for m in modalities},
-        {m: pool.present[m][at] & real for m in modalities},
+        {m: pool.x[m].index_select(0, rows).view(*at.shape, *pool.x[m].shape[1:]) for m in modalities},
+        {m: real if m in pool.complete else pool.present[m][at] & real for m in modalities},
         torch.where(real, pool.y[at], 0),
         pool.classes,
         real,

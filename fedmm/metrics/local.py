@@ -5,7 +5,7 @@ All functions run the model in evaluation mode without gradients and leave its m
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import cast
@@ -21,8 +21,14 @@ from fedmm.types import ClientData, Outputs, Tensors
 _CHUNK = 512
 """Samples of a client that pass through a model at a time."""
 
-_STACKED_CHUNK = 256
-"""Samples likewise of each client of a stack where clients without any more are left out."""
+_STACKED_CHUNK, _PARTS = 256, 4
+"""Most samples likewise of each client of a stack, whose samples are cut into so many parts.
+
+A part is that of the first clients, up to the last one that has samples in it: the others need not be filled up.
+"""
+
+_FEWEST = 32
+"""Samples of a client that are worth a pass of their own."""
 
 
 @torch.no_grad()
@@ -63,44 +69,60 @@ def class_sums(features: Tensor, present: Tensor, y: Tensor, classes: int) -> tu
 
 @dataclass(frozen=True)
 class _Encoded:
-    """Some rows of some clients: features, float64 [..., n, d], presence [..., n] and labels [..., n]."""
+    """Some rows of some clients.
+
+    Attributes:
+        clients: Which clients, in a stack.
+        features: float64 [..., M, n, d], finite in rows without the modality.
+        member: 1 for a sample that is of the class and has the modality, float64 [..., M, C, n].
+    """
 
     clients: tuple[slice, ...]
     features: Tensor
-    present: Tensor
-    y: Tensor
+    member: Tensor
 
 
 @torch.no_grad()
-def _encoded(model: MultimodalModel, data: ClientData, m: str) -> list[_Encoded]:
-    """What one encoder makes of all samples, in chunks; in rows without the modality it is finite.
-
-    In a stack, a chunk is that of the first clients, up to the last one that has samples in it.
-    """
-    encoder, x, present, y = model.encoder[m], data.x[m], data.present[m], data.y
-    masked = not torch.equal(present, torch.ones_like(present) if data.real is None else data.real)
-    found, training, size = list[_Encoded](), encoder.training, _CHUNK if data.real is None else _STACKED_CHUNK
-    encoder.eval()
-    for start in range(0, len(data), size):
-        some: tuple[slice, ...] = ()
-        if data.real is not None:
-            with_samples = data.real[:, start].nonzero()
-            if not len(with_samples):  # rows that only fill up
-                break
-            some = (slice(1 + int(with_samples.amax())),)
-        elif data.y.dim() > 1:
-            some = (slice(len(data.y)),)
-        rows = (*some, slice(start, start + size))
-        here, given = present[rows], x[rows]
-        if masked:
-            given = torch.where(here.reshape(*here.shape, *[1] * (given.dim() - here.dim())), given, 0.0)
-        if some and some[0].stop < len(data.y):
-            h = functional_call(encoder, {n: t[some] for n, t in encoder.named_parameters()}, (given,))
-        else:
-            h = encoder(given)
-        found.append(_Encoded(some, h.to(torch.float64), here, y[rows]))
-    encoder.train(training)
+def _encoded(model: MultimodalModel, data: ClientData) -> list[_Encoded]:
+    """What the encoders make of all samples, in chunks."""
+    training = {m: model.encoder[m].training for m in data.modalities}
+    real = torch.ones_like(data.y, dtype=torch.bool) if data.real is None else data.real
+    masked = [m for m in data.modalities if not torch.equal(data.present[m], real)]
+    classes = torch.arange(data.classes, device=data.y.device).unsqueeze(-1)
+    found = list[_Encoded]()
+    for m in data.modalities:
+        model.encoder[m].eval()
+    for some, rows in _chunks(data):
+        at, features = (*some, rows), list[Tensor]()
+        for m in data.modalities:
+            encoder, x = model.encoder[m], data.x[m][at]
+            if m in masked:
+                here = data.present[m][at]
+                x = torch.where(here.reshape(*here.shape, *[1] * (x.dim() - here.dim())), x, 0.0)
+            if some and some[0].stop < len(data.y):
+                own = {n: t[some] for n, t in encoder.named_parameters()}
+                features.append(functional_call(encoder, own, (x,), tie_weights=False))
+            else:
+                features.append(encoder(x))
+        present = torch.stack([data.present[m][at] for m in data.modalities], -2).unsqueeze(-2)
+        member = (data.y[at].unsqueeze(-2) == classes).unsqueeze(-3) & present
+        found.append(_Encoded(some, torch.stack(features, -3).to(torch.float64), member.to(torch.float64)))
+    for m, was in training.items():
+        model.encoder[m].train(was)
     return found
+
+
+def _chunks(data: ClientData) -> Iterator[tuple[tuple[slice, ...], slice]]:
+    """Which clients, in a stack, and which of their rows."""
+    if data.real is None:
+        for start in range(0, len(data), _CHUNK):
+            yield (slice(len(data.y)),) * (data.y.dim() - 1), slice(start, start + _CHUNK)
+        return
+    size = min(_STACKED_CHUNK, max(_FEWEST, -(-len(data) // _PARTS)))
+    clients = torch.arange(1, len(data.y) + 1, device=data.y.device).unsqueeze(1)
+    for number, stop in enumerate((data.real[:, ::size] * clients).amax(0).tolist()):
+        if stop:  # not rows that only fill up
+            yield (slice(stop),), slice(number * size, (number + 1) * size)
 
 
 def prototypes(model: MultimodalModel, data: ClientData) -> Tensors:
@@ -111,25 +133,22 @@ def prototypes(model: MultimodalModel, data: ClientData) -> Tensors:
         "shown.m" [...]: samples classified right by the client's own nearest prototype, and samples that have m.
         Source: BMSFed, imbalance ratio b_k = acc_1 / acc_2.
     """
+    parts, shape = _encoded(model, data), (*data.y.shape[:-1], len(data.modalities), data.classes)
+    total = parts[0].features.new_zeros(*shape, parts[0].features.shape[-1])
+    count, hits = total.new_zeros(shape), total.new_zeros(shape[:-1])
+    for part in parts:
+        total[part.clients] += part.member @ part.features
+        count[part.clients] += part.member.sum(-1)
+    centres = total / count.clamp(min=1).unsqueeze(-1)
+    # ||h - C||^2 / 2 less what all classes share.
+    offset = torch.where(count > 0, centres.square().sum(-1) / 2, torch.inf).unsqueeze(-1)
+    for part in parts:
+        near = (offset[part.clients] - centres[part.clients] @ part.features.mT).min(-2, keepdim=True).indices
+        hits[part.clients] += part.member.gather(-2, near).sum((-2, -1))
     report: Tensors = {}
-    for m in data.modalities:
-        parts = _encoded(model, data, m)
-        leading = data.y.shape[:-1]
-        total = parts[0].features.new_zeros(*leading, data.classes, parts[0].features.shape[-1])
-        count, hits = total.new_zeros(*leading, data.classes), total.new_zeros(leading)
-        for part in parts:
-            member = (F.one_hot(part.y, data.classes) * part.present.unsqueeze(-1)).to(torch.float64)
-            total[part.clients] += member.transpose(-1, -2) @ part.features
-            count[part.clients] += member.sum(-2)
-        centres = total / count.clamp(min=1).unsqueeze(-1)
-        # ||h - C||^2 / 2 less what all classes share.
-        offset = torch.where(count > 0, centres.square().sum(-1) / 2, torch.inf).unsqueeze(-2)
-        for part in parts:
-            at = part.clients
-            near = (offset[at] - part.features @ centres[at].transpose(-1, -2)).argmin(-1)
-            hits[at] += ((near == part.y) & part.present).sum(-1)
-        report[f"prototype_sum.{m}"], report[f"prototype_count.{m}"] = total, count
-        report[f"hits.{m}"], report[f"shown.{m}"] = hits, data.present[m].sum(-1).to(torch.float64)
+    for slot, m in enumerate(data.modalities):
+        report[f"prototype_sum.{m}"], report[f"prototype_count.{m}"] = total[..., slot, :, :], count[..., slot, :]
+        report[f"hits.{m}"], report[f"shown.{m}"] = hits[..., slot], count[..., slot, :].sum(-1)
     return report
 
 
