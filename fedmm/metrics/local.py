@@ -118,7 +118,8 @@ def _chunks(data: ClientData) -> Iterator[tuple[tuple[slice, ...], slice]]:
         for start in range(0, len(data), _CHUNK):
             yield (slice(len(data.y)),) * (data.y.dim() - 1), slice(start, start + _CHUNK)
         return
-    size = min(_STACKED_CHUNK, max(_FEWEST, -(-len(data) // _PARTS)))
+    # Multiples of 8, as any width (`clients.cohort`).
+    size = min(_STACKED_CHUNK, max(_FEWEST, 8 * -(-len(data) // (8 * _PARTS))))
     clients = torch.arange(1, len(data.y) + 1, device=data.y.device).unsqueeze(1)
     for number, stop in enumerate((data.real[:, ::size] * clients).amax(0).tolist()):
         if stop:  # not rows that only fill up
