@@ -75,6 +75,12 @@ def test_help(name):
     assert not result.stderr
 
 
+def test_help_tells_what_arguments_are():
+    text = " ".join(invoke("run", "--help").stdout.split())
+    assert "YAML file; without it, the defaults." in text
+    assert "Overrides, e.g. train.rounds=5" in text
+
+
 def test_help_lists_every_command_and_the_exit_codes():
     text = " ".join(invoke("--help").stdout.split())
     assert all(name.split()[0] in text for name in COMMANDS)
