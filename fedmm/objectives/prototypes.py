@@ -20,6 +20,7 @@ softmax; more than two modalities: W is the one with the smallest sum.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, cast
 
@@ -75,7 +76,8 @@ class Prototypes(Objective):
             state[f"{kind}_known"] = torch.stack([source[f"prototype_count.{m}"] > 0 for m in names], -2)
         attracting = "local" if self.variant == "v1" else "global"
         known = state[f"{attracting}_known"]
-        if not bool(known.all()):
+        # Global prototypes are the same for all clients, and so is what their state consists of.
+        if local or not bool(known.all()):
             state["known"] = known
         return state | _centred(state[attracting], known)
 
@@ -96,8 +98,7 @@ class Prototypes(Objective):
             chosen = torch.ones_like(own[..., :1]) if self.weak == "all" else weak_modality(less, votes)
             share = share * chosen
             r = log_p.exp_().scatter_(-2, y, less).mul_(share).div_(logits)
-        c = state["centred"]
-        term = cast(Tensor, _LogLikelihood.apply(own, share, h, r, c, *features))  # type: ignore[no-untyped-call]
+        term = _log_likelihood(own, share, h, r, state["centred"], features)
         loss = torch.sub(batch.mean(cross_entropy(out.logits, batch.y)), term, alpha=self.alpha)
         if self.variant == "v1":
             y = y.squeeze(-2)
@@ -196,11 +197,29 @@ def _logits(h: Tensor, state: Tensors) -> Tensor:
     return torch.maximum(squares, state["least"]).sqrt_().neg_()
 
 
-class _LogLikelihood(torch.autograd.Function):
-    """Sum over modalities and samples of share log p_y, whose gradient with respect to h has a closed form.
+def _log_likelihood(own: Tensor, share: Tensor, h: Tensor, r: Tensor, c: Tensor, features: Sequence[Tensor]) -> Tensor:
+    """Sum over modalities and samples of share log p_y, [...], whose gradient with respect to h has a closed form.
 
     - sum_c r_c (h - C_c),    r_c = share (1[c = y] - p_c) / ||h - C_c||
+
+    Args:
+        own: log p_y [..., M, 1, B].
+        share: [..., M, 1, B].
+        h: Centred features [..., M, B, d].
+        r: [..., M, C, B].
+        c: Centred prototypes [..., M, C, d].
+        features: The features h was made of, [..., B, d] each.
     """
+    if h.dim() > 3:
+        return cast(Tensor, _Sloped.apply(own, share, h, r, c, *features))  # type: ignore[no-untyped-call]
+    with torch.no_grad():
+        value, slopes = (own * share).sum(), _slopes(h, r, c)
+    line = torch.stack([(x * slope).sum() for x, slope in zip(features, slopes, strict=True)]).sum()
+    return value + (line - line.detach())
+
+
+class _Sloped(torch.autograd.Function):
+    """`_log_likelihood` of a stack."""
 
     @staticmethod
     def forward(ctx: Any, own: Tensor, share: Tensor, h: Tensor, r: Tensor, c: Tensor, *features: Tensor) -> Tensor:
@@ -211,9 +230,13 @@ class _LogLikelihood(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         h, r, c = ctx.saved_tensors
-        r = (r * gradient.view(*gradient.shape, 1, 1, 1)).mT
-        slopes = (r @ c).addcmul_(h, r.sum(-1, keepdim=True), value=-1)
-        return None, None, None, None, None, *slopes.unbind(-3)
+        return None, None, None, None, None, *_slopes(h, r * gradient.view(-1, 1, 1, 1), c)
+
+
+def _slopes(h: Tensor, r: Tensor, c: Tensor) -> tuple[Tensor, ...]:
+    """The gradient that `_log_likelihood` names, [..., B, d] of each modality."""
+    r = r.mT
+    return (r @ c).addcmul_(h, r.sum(-1, keepdim=True), value=-1).unbind(-3)
 
 
 def weak_modality(truth: Tensor, votes: Tensor) -> Tensor:
