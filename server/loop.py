@@ -219,7 +219,7 @@ class Server:
             lambda ks: self._observatory.own_losses(ks, round, self.model),
         )
         rng = seeding.numpy_rng(self.config.seed, "selection", round)
-        return self.plan.selector.select(situation, count or self.config.train.clients_per_round, rng)
+        return self.plan.selector.picks(situation, count or self.config.train.clients_per_round, rng)
 
     def _collect(self, picks: Sequence[Pick], round: int, epochs: int) -> Gathered:
         return self._collector.collect(picks, round, epochs, self._parcel())

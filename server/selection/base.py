@@ -68,6 +68,16 @@ class Selector:
         """Knowledge wanted with these parameters."""
         return self.needs
 
+    def picks(self, situation: Situation, count: int, rng: np.random.Generator) -> list[Pick]:
+        """What `select` picks, in an order that means nothing."""
+        if len(situation.candidates) <= count and self.takes_all(situation):
+            return [situation.everything(k) for k in situation.candidates]
+        return self.select(situation, count, rng)
+
+    def takes_all(self, situation: Situation) -> bool:
+        """Whether candidates that are no more than needed are sure to train all that they own."""
+        return False
+
     def select(self, situation: Situation, count: int, rng: np.random.Generator) -> list[Pick]:
         """Pick `count` different candidates (all, if there are fewer).
 

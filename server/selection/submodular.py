@@ -38,6 +38,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal, cast
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from pydantic import NonNegativeFloat, PositiveInt
 
@@ -164,6 +165,10 @@ class DivFL(_Greedy):
         """Directions of the chosen kind."""
         return frozenset({"directions" if self.vectors == "encoders" else "whole_directions"})
 
+    def takes_all(self, situation: Situation) -> bool:
+        """See `Selector.takes_all`."""
+        return True
+
     def select(self, situation: Situation, count: int, rng: np.random.Generator) -> list[Pick]:
         """See `Selector.select`."""
         kind, key = ("directions", "joint") if self.vectors == "encoders" else ("whole_directions", "whole")
@@ -185,32 +190,42 @@ class CMSFed(_Greedy):
     least_modalities: ClassVar[int] = 2
     theta: NonNegativeFloat = 1.5
 
+    def takes_all(self, situation: Situation) -> bool:
+        """If nobody's imbalance is above theta."""
+        weak, lags = self._lagging(situation)
+        owned = situation.federates.owned
+        return not any(lags[k] and weak in owned[k] for k in situation.candidates)
+
     def select(self, situation: Situation, count: int, rng: np.random.Generator) -> list[Pick]:
         """See `Selector.select`."""
         directions = cast(Directions, situation.knowledge["directions"])
-        imbalance = cast(Imbalance, situation.knowledge["imbalance"])
-        dominant, weak = imbalance.order()
-        weak_name = situation.federates.modalities[weak]
-        owned = situation.federates.owned
+        weak, lagging = self._lagging(situation)
         field, size = self._field(situation, count, rng), self._step(situation, count)
-        owners = np.array([weak_name in owned[k] for k in field.sites], dtype=bool)
-        lags = imbalance.local_ratios(dominant, weak)[field.sites] > self.theta
+        owners = np.array([weak in situation.federates.owned[k] for k in field.sites], dtype=bool)
+        lags = lagging[field.sites]
         cover_weak: Cover | None = None
-        # Where no owner is above theta, the weak candidate is never picked, whoever it is.
-        if (lags & owners)[field.pool].any():
-            cover_weak = field.cover(directions, f"encoder.{weak_name}", self.normalize_delta)
-        cover_all = field.cover(directions, "joint", self.normalize_delta)
+        cover_all: Cover | None = None
         pool, picks = field.pool, list[Pick]()
         while len(picks) < count and len(pool):
             step = pool if size is None else draw(rng, pool, size)
-            for_weak = step[owners[step]]
-            site = cover_weak.best(for_weak) if cover_weak is not None and len(for_weak) else None
-            if cover_weak is not None and site is not None and lags[site]:
+            for_weak, site = step[owners[step]], -1
+            # Where no owner is above theta, the weak candidate is not picked, whoever it is.
+            if lags[for_weak].any():
+                cover_weak = cover_weak or field.cover(directions, f"encoder.{weak}", self.normalize_delta)
+                site = cover_weak.best(for_weak)
+            if cover_weak is not None and site >= 0 and lags[site]:
                 cover_weak.add(site)
-                picks.append(Pick(int(field.sites[site]), (weak_name,)))
+                picks.append(Pick(int(field.sites[site]), (weak,)))
             else:
+                cover_all = cover_all or field.cover(directions, "joint", self.normalize_delta)
                 site = cover_all.best(step)
                 cover_all.add(site)
                 picks.append(situation.everything(int(field.sites[site])))
             pool = pool[pool != site]
         return picks
+
+    def _lagging(self, situation: Situation) -> tuple[str, npt.NDArray[np.bool_]]:
+        """The weak modality, and which clients have an imbalance above theta."""
+        imbalance = cast(Imbalance, situation.knowledge["imbalance"])
+        dominant, weak = imbalance.order()
+        return situation.federates.modalities[weak], imbalance.local_ratios(dominant, weak) > self.theta
