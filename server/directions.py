@@ -13,6 +13,7 @@ would pass `MEMORY`, each is kept as its sketch of `WIDTH` numbers (see `sketch`
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -81,7 +82,11 @@ def unit(vectors: Tensor) -> Tensor:
 
 
 def distances(
-    vectors: Tensor, normalise: bool = False, rows: Sequence[int] = (), known: Matrix | None = None
+    vectors: Tensor,
+    normalise: bool = False,
+    rows: Sequence[int] = (),
+    known: Matrix | None = None,
+    lengths: Tensor | None = None,
 ) -> Matrix:
     """Euclidean distances [K, K] between direction vectors [K, P], symmetric, exact zeros on the diagonal.
 
@@ -94,13 +99,15 @@ def distances(
         normalise: Scale rows to unit length first (an option, not the paper's).
         rows: With `known`: the clients whose vectors changed; only their rows and columns are computed.
         known: Distances before the change; brought up to date in place, and returned.
+        lengths: `squared_lengths` of the vectors as they are now.
     """
     count = len(vectors)
     result = np.empty((count, count), np.float64 if count <= DOUBLE else np.float32) if known is None else known
     changed = np.arange(count) if known is None else np.asarray(rows, dtype=np.int64)
+    lengths = squared_lengths(vectors) if lengths is None else lengths
     for start in range(0, len(changed), _ROWS):
         block = changed[start : start + _ROWS]
-        part = _squares_from(vectors, torch.from_numpy(block), normalise).clamp_(min=0).sqrt_().numpy()
+        part = _squares_from(vectors, torch.from_numpy(block), lengths, normalise).clamp_(min=0).sqrt_().numpy()
         part = part.astype(result.dtype, copy=False)
         result[block] = part
         result[:, block] = part.T
@@ -110,21 +117,33 @@ def distances(
     return result
 
 
-def _squares_from(vectors: Tensor, which: Tensor, normalise: bool) -> Tensor:
+def squared_lengths(vectors: Tensor, rows: Sequence[int] | None = None) -> Tensor:
+    """|g|^2 of some rows of [K, P] (None: of all), float64, added up like the products that it is compared with."""
+    total = torch.zeros(len(vectors if rows is None else rows), dtype=torch.float64)
+    for piece in torch.split(vectors, _COLUMNS, 1):
+        some = piece if rows is None else piece[list(rows)]
+        total += torch.linalg.vector_norm(some, dim=1).to(torch.float64).square_()
+    return total
+
+
+def _squares_from(vectors: Tensor, which: Tensor, lengths: Tensor, normalise: bool) -> Tensor:
     """Squared distances [r, K], float64, from the vectors of some clients to those of all."""
     # A product's rounding depends on its size where it is small: no fewer rows than `_LEAST` at a time.
     rows = torch.cat([which, which[-1:].expand(max(0, _LEAST - len(which)))])
-    squares, lengths = (t[: len(which)] for t in _gram_form(vectors, rows, None, normalise, vectors.dtype))
+    whole = len(rows) == len(vectors) and torch.equal(rows, torch.arange(len(vectors)))
+    products = torch.zeros(len(rows), len(vectors), dtype=torch.float64)
+    for piece in torch.split(vectors, _COLUMNS, 1):
+        products += (piece if whole else piece[rows]) @ piece.T
+    squares, total = (t[: len(which)] for t in _gram_form(products, lengths[rows], lengths, normalise))
     others = which.unsqueeze(1) != torch.arange(len(vectors))
     squares *= others
     if vectors.dtype != torch.float64:
-        near = (squares < _NEAR * lengths) & others
+        near = (squares < _NEAR * total) & others
         if bool(near.any()):
             i, j = near.any(1).nonzero().squeeze(1), near.any(0).nonzero().squeeze(1)
             here = i.unsqueeze(1), j
-            fine, _ = _gram_form(vectors, which[i], j, normalise, torch.float64)
-            squares[here] = torch.where(near[here], fine, squares[here])
-    close = ((squares < _CLOSE * lengths) & others).nonzero()
+            squares[here] = torch.where(near[here], _fine_squares(vectors, which[i], j, normalise), squares[here])
+    close = ((squares < _CLOSE * total) & others).nonzero()
     for pairs in torch.split(close, max(1, _CHUNK // max(1, vectors.shape[1]))):
         i, j = pairs.unbind(1)
         a, b = (_doubles(vectors[rows], normalise) for rows in (which[i], j))
@@ -132,34 +151,39 @@ def _squares_from(vectors: Tensor, which: Tensor, normalise: bool) -> Tensor:
     return squares
 
 
-def _gram_form(
-    vectors: Tensor, rows: Tensor, columns: Tensor | None, normalise: bool, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """|a|^2 + |b|^2 - 2ab and |a|^2 + |b|^2, float64 [r, s], of some clients' vectors a and b (None: all).
-
-    Products are made in `dtype`, a few thousand coordinates at a time.
-    """
-    products = torch.zeros(len(rows), len(vectors if columns is None else columns), dtype=torch.float64)
-    own, other = products.new_zeros(len(rows), 1), products.new_zeros(products.shape[1])
-    every = columns is None and torch.equal(rows, torch.arange(len(vectors)))
+def _fine_squares(vectors: Tensor, rows: Tensor, columns: Tensor, normalise: bool) -> Tensor:
+    """Squared distances [r, s] between some clients' vectors and others', all in float64."""
+    products = torch.zeros(len(rows), len(columns), dtype=torch.float64)
+    own, other = products.new_zeros(len(rows)), products.new_zeros(len(columns))
     for piece in torch.split(vectors, _COLUMNS, 1):
-        b = (piece if columns is None else piece[columns]).to(dtype)
-        a = b if every else piece[rows].to(dtype)
+        a, b = (piece[some].to(torch.float64) for some in (rows, columns))
         products += a @ b.T
-        other += torch.linalg.vector_norm(b, dim=1).to(torch.float64).square_()
-        if columns is not None:
-            own += torch.linalg.vector_norm(a, dim=1, keepdim=True).to(torch.float64).square_()
-    if columns is None:
-        own = other[rows].unsqueeze(1)
+        own += a.square().sum(1)
+        other += b.square().sum(1)
+    return _gram_form(products, own, other, normalise)[0]
+
+
+def _gram_form(products: Tensor, own: Tensor, other: Tensor, normalise: bool) -> tuple[Tensor, Tensor]:
+    """|a|^2 + |b|^2 - 2ab and |a|^2 + |b|^2, [r, s], from products [r, s], which are spoilt, and squared lengths."""
+    own = own.unsqueeze(1)
     if normalise:
         products /= (own.sqrt() * other.sqrt()).clamp(min=1e-12)
         own, other = own.sign(), other.sign()
-    lengths = own + other
-    return lengths - 2 * products, lengths
+    total = own + other
+    return torch.sub(total, products, alpha=2, out=products), total
 
 
 def _doubles(vectors: Tensor, normalise: bool) -> Tensor:
     return unit(vectors.to(torch.float64)) if normalise else vectors.to(torch.float64)
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """Vectors, their `squared_lengths`, and the distances between them."""
+
+    vectors: Tensor
+    lengths: Tensor
+    matrix: Matrix
 
 
 class Directions(Knowledge):
@@ -178,8 +202,8 @@ class Directions(Knowledge):
 
     def __init__(self, federates: Federates) -> None:
         super().__init__(federates)
-        # key, normalise -> the vectors that the distances belong to, the distances, rows that changed since
-        self._distances: dict[tuple[str, bool], tuple[Tensor, Matrix, set[int]]] = {}
+        # key, normalise -> what is kept of its distances, and rows that changed since
+        self._distances: dict[tuple[str, bool], tuple[_Kept, set[int]]] = {}
         self._sketched: set[str] = set()
 
     def learn(self, sent: Tensors, updates: Sequence[Update]) -> None:
@@ -233,7 +257,7 @@ class Directions(Knowledge):
             for part in parts:
                 into[list(clients), at : at + part.shape[1]] = part.numpy()
                 at += part.shape[1]
-        for (cached, _), (_, _, stale) in self._distances.items():
+        for (cached, _), (_, stale) in self._distances.items():
             if cached == key:
                 stale.update(clients)
 
@@ -288,11 +312,16 @@ class Directions(Knowledge):
         vectors = self.vectors(key)
         if len(vectors) > STORED:
             raise ValueError(f"distances between {len(vectors)} clients are not kept; use their vectors")
-        owner, known, stale = self._distances.pop((key, normalise), (None, None, set[int]()))
-        # Another tensor than before (a restored checkpoint): nothing is known of it.
-        matrix = distances(vectors, normalise, sorted(stale), known if owner is vectors else None)
-        self._distances[key, normalise] = (vectors, matrix, set())
-        return matrix
+        kept, stale = self._distances.pop((key, normalise), (None, set[int]()))
+        if kept is None or kept.vectors is not vectors:
+            # Another tensor than before (a restored checkpoint): nothing is known of it.
+            lengths = squared_lengths(vectors)
+            kept = _Kept(vectors, lengths, distances(vectors, normalise, lengths=lengths))
+        elif rows := sorted(stale):
+            kept.lengths[rows] = squared_lengths(vectors, rows)
+            distances(vectors, normalise, rows, kept.matrix, kept.lengths)
+        self._distances[key, normalise] = (kept, set())
+        return kept.matrix
 
     def metrics(self) -> dict[tuple[str, str], float]:
         """Numbers of a sketch, where vectors are kept as such."""
