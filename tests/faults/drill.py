@@ -74,6 +74,14 @@ def checkpoint(out, round):
     return lambda: any(int(p.stem[6:]) >= round for p in (out / "checkpoints").glob("round-*.json"))
 
 
+def mapped(process, name):
+    """Whether a process has loaded a library."""
+    try:
+        return name in Path(f"/proc/{process.pid}/maps").read_text()
+    except OSError:
+        return False
+
+
 def result(out):
     """All of a run's result that must not depend on what happened to it."""
     summary = json.loads((out / "summary.json").read_text())

@@ -6,18 +6,10 @@ import signal
 import time
 
 import pytest
-from drill import checkpoint, finish, left, living, result, settings, start, undisturbed, wait_for
+from drill import checkpoint, finish, left, living, mapped, result, settings, start, undisturbed, wait_for
 
 ROUNDS = 30
 SLOW = pytest.mark.slow
-
-
-def mapped(process, name):
-    """Whether a process has loaded a library."""
-    try:
-        return name in open(f"/proc/{process.pid}/maps").read()
-    except OSError:
-        return False
 
 
 def has(process, word):
