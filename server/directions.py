@@ -119,9 +119,10 @@ def distances(
 
 def squared_lengths(vectors: Tensor, rows: Sequence[int] | None = None) -> Tensor:
     """|g|^2 of some rows of [K, P] (None: of all), float64, added up like the products that it is compared with."""
-    total = torch.zeros(len(vectors if rows is None else rows), dtype=torch.float64)
+    which = None if rows is None else torch.as_tensor(rows)
+    total = torch.zeros(len(vectors if which is None else which), dtype=torch.float64)
     for piece in torch.split(vectors, _COLUMNS, 1):
-        some = piece if rows is None else piece[list(rows)]
+        some = piece if which is None else piece.index_select(0, which)
         total += torch.linalg.vector_norm(some, dim=1).to(torch.float64).square_()
     return total
 
@@ -133,7 +134,7 @@ def _squares_from(vectors: Tensor, which: Tensor, lengths: Tensor, normalise: bo
     whole = len(rows) == len(vectors) and torch.equal(rows, torch.arange(len(vectors)))
     products = torch.zeros(len(rows), len(vectors), dtype=torch.float64)
     for piece in torch.split(vectors, _COLUMNS, 1):
-        products += (piece if whole else piece[rows]) @ piece.T
+        products += (piece if whole else piece.index_select(0, rows)) @ piece.T
     squares, total = (t[: len(which)] for t in _gram_form(products, lengths[rows], lengths, normalise))
     others = which.unsqueeze(1) != torch.arange(len(vectors))
     squares *= others

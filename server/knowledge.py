@@ -40,7 +40,7 @@ class Prototypes(Knowledge):
 
     def learn(self, sent: Tensors, updates: Sequence[Update]) -> None:
         """Average the updates' prototypes."""
-        merged = merge_reports([u.report for u in updates])
+        merged = merge_reports([{n: t for n, t in u.report.items() if n.startswith("prototype_")} for u in updates])
         for m in self.federates.modalities:
             if f"prototype_sum.{m}" not in merged:
                 continue

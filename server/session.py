@@ -22,7 +22,7 @@ from fedmm.errors import RunError
 from fedmm.metrics.fields import Fields, fault
 from fedmm.models.blocks import block_of, bytes_per_block, serves
 from fedmm.models.width import Shapes, corner
-from fedmm.objectives.watched import method_sums
+from fedmm.objectives.watched import METHOD, method_sums
 from fedmm.personal import tensor_of
 from fedmm.types import Tensors
 from fedmm.wire import ReplyHeader, Task, Terms, read_reply, task_record, to_record
@@ -192,7 +192,7 @@ class Session:
             size = bytes_per_block({n: t for n, t in held.items() if block_of(n) in blocks})
             self.traffic.add(self.traffic.up, size, count)
         for report in [u.report for u in answers.updates if u.report]:
-            seen = method_sums(report)
+            seen = method_sums(report) if METHOD in order.requests else {}
             if len(seen) < len(report):
                 self.traffic.add(self.traffic.up, {"report": _bytes(report) - _bytes(seen)})
             if seen:

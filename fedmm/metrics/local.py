@@ -6,6 +6,7 @@ All functions run the model in evaluation mode without gradients and leave its m
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import cast
@@ -31,18 +32,27 @@ _FEWEST = 32
 """Samples of a client that are worth a pass of their own."""
 
 
+@contextmanager
+def _evaluating(model: MultimodalModel) -> Iterator[None]:
+    training = model.training
+    # A stack's twin has no other mode; setting it goes through every module.
+    if training:
+        model.eval()
+    yield
+    if training:
+        model.train()
+
+
 @torch.no_grad()
 def predict(model: MultimodalModel, data: ClientData) -> Outputs:
     """Outputs for all N samples of a client, or of each client of a stack, in chunks (evaluation mode)."""
-    training = model.training
-    model.eval()
     axis = data.y.dim() - 1
     parts = []
-    for start in range(0, max(len(data), 1), _CHUNK):
-        size = min(_CHUNK, len(data) - start)
-        x = {m: t.narrow(axis, start, size) for m, t in data.x.items()}
-        parts.append(model(x, {m: p.narrow(axis, start, size) for m, p in data.present.items()}))
-    model.train(training)
+    with _evaluating(model):
+        for start in range(0, max(len(data), 1), _CHUNK):
+            size = min(_CHUNK, len(data) - start)
+            x = {m: t.narrow(axis, start, size) for m, t in data.x.items()}
+            parts.append(model(x, {m: p.narrow(axis, start, size) for m, p in data.present.items()}))
     if len(parts) == 1:
         return cast(Outputs, parts[0])
     return Outputs(
@@ -85,30 +95,26 @@ class _Encoded:
 @torch.no_grad()
 def _encoded(model: MultimodalModel, data: ClientData) -> list[_Encoded]:
     """What the encoders make of all samples, in chunks."""
-    training = {m: model.encoder[m].training for m in data.modalities}
     real = torch.ones_like(data.y, dtype=torch.bool) if data.real is None else data.real
     masked = [m for m in data.modalities if not torch.equal(data.present[m], real)]
     classes = torch.arange(data.classes, device=data.y.device).unsqueeze(-1)
     found = list[_Encoded]()
-    for m in data.modalities:
-        model.encoder[m].eval()
-    for some, rows in _chunks(data):
-        at, features = (*some, rows), list[Tensor]()
-        for m in data.modalities:
-            encoder, x = model.encoder[m], data.x[m][at]
-            if m in masked:
-                here = data.present[m][at]
-                x = torch.where(here.reshape(*here.shape, *[1] * (x.dim() - here.dim())), x, 0.0)
-            if some and some[0].stop < len(data.y):
-                own = {n: t[some] for n, t in encoder.named_parameters()}
-                features.append(functional_call(encoder, own, (x,), tie_weights=False))
-            else:
-                features.append(encoder(x))
-        present = torch.stack([data.present[m][at] for m in data.modalities], -2).unsqueeze(-2)
-        member = (data.y[at].unsqueeze(-2) == classes).unsqueeze(-3) & present
-        found.append(_Encoded(some, torch.stack(features, -3).to(torch.float64), member.to(torch.float64)))
-    for m, was in training.items():
-        model.encoder[m].train(was)
+    with _evaluating(model):
+        for some, rows in _chunks(data):
+            at, features = (*some, rows), list[Tensor]()
+            for m in data.modalities:
+                encoder, x = model.encoder[m], data.x[m][at]
+                if m in masked:
+                    here = data.present[m][at]
+                    x = torch.where(here.reshape(*here.shape, *[1] * (x.dim() - here.dim())), x, 0.0)
+                if some and some[0].stop < len(data.y):
+                    own = {n: t[some] for n, t in encoder.named_parameters()}
+                    features.append(functional_call(encoder, own, (x,), tie_weights=False))
+                else:
+                    features.append(encoder(x))
+            present = torch.stack([data.present[m][at] for m in data.modalities], -2).unsqueeze(-2)
+            member = (data.y[at].unsqueeze(-2) == classes).unsqueeze(-3) & present
+            found.append(_Encoded(some, torch.stack(features, -3).to(torch.float64), member.to(torch.float64)))
     return found
 
 
