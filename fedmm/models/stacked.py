@@ -6,6 +6,7 @@ objectives need no second version: they work on [K, B, ...] as they do on [B, ..
     Linear      W [K, in, out], b [K, 1, out]     one batched product; this order makes gradients contiguous
     Conv2d      W [K, O, I, h, w]                 CPU: products over samples (`fedmm.models.convolution`);
                                                   GPU: one grouped convolution with K groups
+    pooling, ReLU after a convolution             CPU: it does them, too, if they are next in a Sequential
     GroupNorm, LayerNorm, pooling, Flatten        the same arithmetic in each client and sample
     Gate                                          [K, slots]
 
@@ -24,10 +25,12 @@ from torch.nn import functional as F
 
 from fedmm.models.boosted import BoostedHead
 from fedmm.models.boosted import Gate as PlainGate
-from fedmm.models.convolution import Geometry, convolve, flat_samples, group_norm, samples_innermost
+from fedmm.models.convolution import convolve
 from fedmm.models.encoders import BasicBlock
 from fedmm.models.fusion import FUSIONS
+from fedmm.models.innermost import flat_samples, group_norm, samples_innermost
 from fedmm.models.multimodal import MultimodalModel
+from fedmm.models.windows import Geometry
 from fedmm.types import Tensors
 
 
@@ -66,7 +69,12 @@ class Linear(_Layer):
 
 
 class Conv2d(_Layer):
-    """Each client's convolution."""
+    """Each client's convolution.
+
+    Attributes:
+        pooled: Whether it does the max-pooling by 2 x 2 that follows, on a CPU.
+        rectified: Whether it does the ReLU that follows, on a CPU.
+    """
 
     def __init__(self, layer: nn.Conv2d) -> None:
         super().__init__()
@@ -76,11 +84,12 @@ class Conv2d(_Layer):
             raise Unstackable(f'padding "{layer.padding}" has no stacked form: give it in numbers')
         pairs = layer.kernel_size, layer.stride, layer.padding, layer.dilation
         self.geometry = Geometry(*((first, second) for first, second in pairs))
+        self.pooled = self.rectified = False
 
     def forward(self, x: Tensor) -> Tensor:
         """[K, B, I, H, W] -> [K, B, O, H', W']."""
         if x.device.type == "cpu":
-            return convolve(x, self.weight, self.bias, self.geometry)
+            return convolve(x, self.weight, self.bias, self.geometry, pooled=self.pooled, rectified=self.rectified)
         clients = x.shape[0]
         bias = None if self.bias is None else self.bias.flatten()
         kernel, g = self.weight.flatten(0, 1), self.geometry
@@ -131,6 +140,19 @@ class Pool(nn.Module):
         super().__init__()
         self.layer = copy.deepcopy(layer)
 
+    @property
+    def halves(self) -> bool:
+        """Whether it is max-pooling by 2 x 2, and nothing else."""
+        layer = self.layer
+        return (
+            isinstance(layer, nn.MaxPool2d)
+            and layer.kernel_size in (2, (2, 2))
+            and layer.stride in (2, (2, 2))
+            and layer.padding in (0, (0, 0))
+            and layer.dilation in (1, (1, 1))
+            and not layer.ceil_mode
+        )
+
     def forward(self, x: Tensor) -> Tensor:
         """[K, B, C, H, W] -> [K, B, C, H', W']."""
         if x.device.type != "cpu":
@@ -138,6 +160,19 @@ class Pool(nn.Module):
         # Channels last, with the samples as channels.
         y: Tensor = self.layer(samples_innermost(x).transpose(1, 2).flatten(0, 1))
         return y.view(x.shape[0], -1, *y.shape[1:]).transpose(1, 2)
+
+
+class Merged(nn.Module):
+    """A layer that on a CPU the convolution before it does."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[K, B, ...] -> what the layer gives."""
+        y: Tensor = x if x.device.type == "cpu" else self.layer(x)
+        return y
 
 
 class Flatten(nn.Module):
@@ -175,6 +210,20 @@ def _merge(x: Tensor) -> Tensor:
 def _spread(x: Tensor, clients: int) -> Tensor:
     """[B, K C, ...] -> [K, B, C, ...]."""
     return x.view(x.shape[0], clients, -1, *x.shape[2:]).transpose(0, 1)
+
+
+def _merge_into_convolutions(layers: nn.Sequential) -> None:
+    """Have convolutions do max-pooling and ReLU that follow; the two commute."""
+    before: Conv2d | None = None
+    for name, layer in list(layers._modules.items()):
+        if isinstance(layer, Conv2d):
+            before = layer
+        elif before is not None and isinstance(layer, Pool) and layer.halves and not before.pooled:
+            before.pooled, layers._modules[name] = True, Merged(layer)
+        elif before is not None and isinstance(layer, nn.ReLU):
+            before.rectified, layers._modules[name] = True, Merged(layer)
+        elif not isinstance(layer, nn.Identity):
+            before = None
 
 
 RULES: Mapping[type[nn.Module], Callable[..., nn.Module]] = MappingProxyType(
@@ -245,6 +294,8 @@ class Stack:
             module._modules[name] = twin
             for attribute, _ in child.named_parameters(recurse=False):
                 self._slots[f"{path}{name}.{attribute}"] = twin, attribute
+        if isinstance(module, nn.Sequential):
+            _merge_into_convolutions(module)
 
     def bind(self, tensors: Mapping[str, Tensor]) -> Tensors:
         """Make stacked tensors [K, ...] the twin's parameters (they share memory); returns those parameters."""

@@ -7,8 +7,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from fedmm.models.convolution import Geometry, convolve, flat_samples, group_norm, samples_innermost
+from fedmm.models.convolution import convolve
+from fedmm.models.innermost import flat_samples, group_norm, samples_innermost
 from fedmm.models.stacked import Pool
+from fedmm.models.windows import Geometry
 
 CLIENTS, BATCH = 2, 3
 GEOMETRIES = [
@@ -58,12 +60,59 @@ def test_gradients_of_the_convolution(g):
     assert torch.autograd.gradcheck(lambda *given: convolve(*given, g), (x, w, b))
 
 
+@pytest.mark.parametrize("pooled", [True, False])
+@pytest.mark.parametrize("rectified", [True, False])
+def test_convolution_with_what_follows(pooled, rectified):
+    for g, bias in itertools.product([*SOME, *GEOMETRIES[::7]], [True, False]):
+        x, w, b = draw(CLIENTS, BATCH, 2, 9, 11), draw(CLIENTS, 4, 2, *g.kernel), draw(CLIENTS, 4) if bias else None
+        each = []
+        for k in range(CLIENTS):
+            y = F.conv2d(x[k], w[k], None if b is None else b[k], g.stride, g.padding, g.dilation)
+            y = F.max_pool2d(y, 2) if pooled else y
+            each.append(F.relu(y) if rectified else y)
+        given = [t for t in (x, w, b) if t is not None]
+        assert_as(convolve(x, w, b, g, pooled=pooled, rectified=rectified), torch.stack(each), given, given)
+
+
+@pytest.mark.parametrize("rectified", [True, False])
+def test_of_equal_values_the_first_has_the_gradient(rectified):
+    """Few different numbers: about every second window has its largest value more than once."""
+    g = Geometry((2, 2), (1, 1), (1, 1), (1, 1))
+    x, w, b = (draw(*s).round().detach().requires_grad_() for s in ((1, 8, 1, 7, 6), (1, 3, 1, 2, 2), (1, 3)))
+    conv = F.conv2d(x[0], w[0], b[0], padding=1)
+    windows = conv.unfold(2, 2, 2).unfold(3, 2, 2).flatten(4)
+    ties = (windows == windows.amax(4, keepdim=True)).sum(4) > 1
+    assert 0.2 < ties.double().mean() < 0.8
+    y = F.max_pool2d(conv, 2)
+    y = F.relu(y) if rectified else y
+    assert_as(convolve(x, w, b, g, pooled=True, rectified=rectified), y[None], [x, w, b], [x, w, b])
+
+
+def test_a_window_with_nan_is_nan():
+    g = Geometry((1, 1), (1, 1), (0, 0), (1, 1))
+    for place in itertools.product(range(2), range(2)):
+        x = torch.arange(4.0).view(1, 1, 1, 2, 2).clone()
+        x[0, 0, 0, place[0], place[1]] = torch.nan
+        assert convolve(x, torch.ones(1, 1, 1, 1, 1), None, g, pooled=True, rectified=True).isnan().all()
+
+
 def test_an_image_of_the_same_shape_finds_nothing_of_the_one_before():
     g = Geometry((3, 3), (1, 1), (1, 1), (1, 1))
     first, second, w = draw(1, 8, 2, 5, 5), draw(1, 8, 2, 5, 5), draw(1, 3, 2, 3, 3)
     before = convolve(second, w, None, g)
     convolve(first, w, None, g)
     assert torch.equal(convolve(second, w, None, g), before)
+
+
+def test_an_odd_last_row_finds_nothing_of_the_one_before():
+    """Max-pooling leaves it out: its gradient is zero, whatever its memory held."""
+    g = Geometry((3, 3), (1, 1), (1, 1), (1, 1))
+    x, w = draw(1, 8, 2, 5, 5), draw(1, 3, 2, 3, 3)
+    first, second = [], []
+    for found in (first, second):
+        found += torch.autograd.grad(convolve(x, w, None, g, pooled=True).sum(), (x, w))
+        torch.autograd.grad(convolve(x, w, None, g).square().sum(), (x, w))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
 @pytest.mark.parametrize("affine", [True, False])

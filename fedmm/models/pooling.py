@@ -1,0 +1,56 @@
+"""Max-pooling by 2 x 2 of one image after another, in memory that stays in the processor's cache.
+
+Of an image [H, C, W, B] come the largest values m [H / 2, C, W / 2, B] of the windows, and their places p, numbered by
+rows; of equal values the first counts, as in PyTorch:
+
+    l = max(left, right), c = [right > left];   m = max(l_top, l_bottom), r = [l_bottom > l_top];   p = c_r + 2 r
+
+Back: the gradient at place i of a window is dL/dm where p = i, else 0. An odd last row or column is in no window.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class Pooling:
+    """The windows of an image.
+
+    Args:
+        image: [H, C, W, B].
+
+    Attributes:
+        image: The same.
+        size: Height and width of what comes of it.
+    """
+
+    def __init__(self, image: Tensor) -> None:
+        high, wide = self.size = image.shape[0] // 2, image.shape[2] // 2
+        self.image = image
+        self._rest = image[2 * high :], image[:, :, 2 * wide :]
+        windows = image[: 2 * high, :, : 2 * wide].view(high, 2, -1, wide, 2, image.shape[-1])
+        self._left, self._right = windows.unbind(4)
+        self._places = [*self._left.unbind(1), *self._right.unbind(1)]
+        self._larger, self._mask = torch.empty_like(self._left), torch.empty_like(self._places[0])
+
+    def forward(self, largest: Tensor, place: Tensor) -> None:
+        """Largest values and their places, of the image's shape by half; the image is lost."""
+        torch.maximum(self._left, self._right, out=self._larger)
+        torch.gt(self._right, self._left, out=self._right)
+        top, bottom = self._larger.unbind(1)
+        torch.maximum(top, bottom, out=largest)
+        torch.gt(bottom, top, out=self._mask)
+        torch.lerp(self._right[:, 0], self._right[:, 1], self._mask, out=place)
+        place.add_(self._mask, alpha=2)
+
+    def clear(self) -> None:
+        """Zeros where no window is."""
+        for rest in self._rest:
+            rest.zero_()
+
+    def backward(self, gradient: Tensor, place: Tensor) -> None:
+        """The image's gradient in its place."""
+        for into, number in zip(self._places, (0, 2, 1, 3), strict=True):
+            torch.eq(place, number, out=self._mask)
+            torch.mul(gradient, self._mask, out=into)
