@@ -22,14 +22,14 @@ from fedmm.types import ClientData, Outputs, Tensors
 _CHUNK = 512
 """Samples of a client that pass through a model at a time."""
 
-_STACKED_CHUNK, _PARTS = 256, 4
-"""Most samples likewise of each client of a stack, whose samples are cut into so many parts.
+_STACKED_CHUNK = 256
+"""Most samples likewise of each client of a stack.
 
-A part is that of the first clients, up to the last one that has samples in it: the others need not be filled up.
+A chunk is that of the first clients, up to the last one that has samples in it: the others need not be filled up.
 """
 
-_FEWEST = 32
-"""Samples of a client that are worth a pass of their own."""
+_WORTH = 24
+"""Samples of a client that are worth a chunk of their own; a stack's longer ones are in two at least."""
 
 
 @contextmanager
@@ -124,8 +124,8 @@ def _chunks(data: ClientData) -> Iterator[tuple[tuple[slice, ...], slice]]:
         for start in range(0, len(data), _CHUNK):
             yield (slice(len(data.y)),) * (data.y.dim() - 1), slice(start, start + _CHUNK)
         return
-    # Multiples of 8, as any width (`clients.cohort`).
-    size = min(_STACKED_CHUNK, max(_FEWEST, 8 * -(-len(data) // (8 * _PARTS))))
+    parts = max(1, min(2, len(data) // _WORTH), -(-len(data) // _STACKED_CHUNK))
+    size = min(_STACKED_CHUNK, 8 * -(-len(data) // (8 * parts)))  # a multiple of 8, as any width (`clients.cohort`)
     clients = torch.arange(1, len(data.y) + 1, device=data.y.device).unsqueeze(1)
     for number, stop in enumerate((data.real[:, ::size] * clients).amax(0).tolist()):
         if stop:  # not rows that only fill up
