@@ -281,6 +281,7 @@ class Stack:
         self._slots: dict[str, tuple[nn.Module, str]] = {}
         self._base: tuple[Tensors, Tensors] | None = None
         self._replace(self.model, "")
+        self.model.eval()  # no layer that has a stacked form knows of modes
 
     def _replace(self, module: nn.Module, path: str) -> None:
         if not isinstance(module, _TRANSPARENT):
