@@ -64,7 +64,8 @@ class Linear(_Layer):
     def forward(self, x: Tensor) -> Tensor:
         """[K, ..., in] -> [K, ..., out]."""
         rows = x if x.dim() == 3 else x.reshape(x.shape[0], -1, x.shape[-1])
-        out = torch.bmm(rows, self.weight) if self.bias is None else torch.baddbmm(self.bias, rows, self.weight)
+        weight, bias = self.weight, self.bias
+        out = torch.bmm(rows, weight) if bias is None else torch.baddbmm(bias, rows, weight)
         return out if x.dim() == 3 else out.view(*x.shape[:-1], out.shape[-1])
 
 
