@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import resource
 import sys
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, gettempdir
 from time import perf_counter
 from typing import Any, cast
 
@@ -29,6 +30,7 @@ from fedmm.config.schema import Config
 from fedmm.data.federation import build_federation
 from fedmm.engines.costs import MemoryNeed, training_memory
 from fedmm.engines.grid import LocalGrid
+from fedmm.errors import RunError
 from fedmm.metrics.local import predict
 from fedmm.models.blocks import block_of
 from fedmm.types import SPLITS
@@ -123,7 +125,7 @@ def forecast(config: Config, began: float | None = None) -> Forecast:
     prepared = plan(config)
     torch.set_num_threads(1)
     with ExitStack() as stack:
-        folder = Path(stack.enter_context(TemporaryDirectory(prefix="fedmm-plan-")))
+        folder = stack.enter_context(_scratch())
         # Flower's own runtime starts processes for each run: nothing of it is rehearsed.
         inside = config if config.engine.name != "flower" else _engine(config, "inproc")
         grid = stack.enter_context(open_grid(inside))
@@ -148,6 +150,20 @@ def forecast(config: Config, began: float | None = None) -> Forecast:
     if config.devices is not None:
         seconds = replace(seconds, devices=simulated_seconds(prepared, federation, sent))
     return Forecast(config, parameters, sent, memory, layout, seconds)
+
+
+@contextmanager
+def _scratch() -> Iterator[Path]:
+    """A folder for the rehearsal's files."""
+    try:
+        with TemporaryDirectory(prefix="fedmm-plan-") as folder:
+            yield Path(folder)
+    except OSError as error:
+        raise RunError(
+            f"the rehearsal cannot write here: {error.strerror or error}",
+            where=gettempdir(),
+            remedy="free space, or name another directory in TMPDIR",
+        ) from error
 
 
 def _engine(config: Config, name: str) -> Config:

@@ -151,6 +151,14 @@ def test_a_forecast_is_whole_and_leaves_nothing(tmp_path, monkeypatch):
     assert record["layout"]["largest"] == 4
 
 
+def test_a_place_for_the_rehearsal_that_cannot_be_written(monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", "/proc")
+    result = CliRunner().invoke(app, ["plan", *TINY])
+    assert result.exit_code == 4
+    assert "fedmm: /proc: the rehearsal cannot write here" in result.stderr
+    assert "TMPDIR" in result.stderr
+
+
 def test_time_without_a_rehearsal(monkeypatch):
     monkeypatch.setattr("experiments.rehearsal.REHEARSAL_S", 0.0)
     seconds = forecast(config("method=cmsfed", "train.rounds=30")).seconds
