@@ -115,7 +115,7 @@ def run(
 
         runner.check(resolved)
         with interrupts.tidy():
-            summary = runner.run(resolved, target, resume=resume, console=Console(stderr=True), began=began)
+            summary = runner.run(resolved, target, resume=resume, console=_console(stderr=True), began=began)
     if as_json:
         typer.echo(json.dumps(summary, indent=2))
     else:
@@ -164,7 +164,7 @@ def compare(
     from experiments import sweep
 
     with interrupts.tidy():
-        sweep.compare(comparison, target, jobs=jobs, console=Console(stderr=True))
+        sweep.compare(comparison, target, jobs=jobs, console=_console(stderr=True))
     _report([target], target)
 
 
@@ -278,9 +278,10 @@ def data_preview(
         typer.echo(f"Picture: {preview(dataset, out)}")
 
 
-def _console() -> Console:
-    """Standard output; a pipe or a file gets every row on one line, however long."""
-    return Console(markup=False, highlight=False, width=None if sys.stdout.isatty() else 10_000)
+def _console(*, stderr: bool = False) -> Console:
+    """Standard output or error; a pipe or a file gets every row on one line, however long."""
+    stream = sys.stderr if stderr else sys.stdout
+    return Console(stderr=stderr, markup=False, highlight=False, width=None if stream.isatty() else 10_000)
 
 
 def _report(directories: list[Path], out: Path) -> None:

@@ -82,7 +82,7 @@ def admit_parts(
             return refuse("dtype", f"{name} is {tensor.dtype}, not {expected.model[name].dtype}")
     for name, tensor in sorted(model.items()):
         if is_float(tensor) and not bool(torch.isfinite(tensor).all()):
-            return refuse("finite", f"{name} has values that are not finite")
+            return refuse("finite", f"{name} has values that are not finite: its training diverged? (lower train.lr)")
     if reason := fault(report, expected.report):
         return refuse("report", reason)
     if expected.max_norm is not None and (norm := update_norm(model, expected.model)) > expected.max_norm:

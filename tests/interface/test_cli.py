@@ -468,6 +468,15 @@ def test_compare_and_report(tmp_path):
     assert (tmp_path / "again" / "report.html").is_file()
 
 
+def test_a_run_of_a_comparison_that_fails_is_told_in_one_line(tmp_path):
+    result = invoke("compare", "methods=[fedavg]", "seeds=1", *TINY, "train.lr=1e30", "--out", tmp_path)
+    assert result.exit_code == 4
+    (line,) = [line for line in result.stderr.splitlines() if line.startswith("[1/1] default fedavg seed 0: failed: ")]
+    assert "values that are not finite" in line
+    assert "lower train.lr" in line
+    assert line.endswith("policy.retries)")
+
+
 def test_the_shipped_configurations_are_valid():
     assert invoke("explain", ROOT / "experiments/configs/quick.yaml").exit_code == 0
     from fedmm.config.load import expand, load_compare
