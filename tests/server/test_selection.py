@@ -14,6 +14,7 @@ from server.knowledge import Directions, Federates, Imbalance, WholeDirections
 from server.selection import Situation, build_selector
 from server.selection.base import draw
 from server.selection.submodular import CMSFed, Cover, DivFL
+from server.selection.uniform import Uniform
 
 CLIENTS, COUNT, ROUNDS = 20, 5, 2000
 
@@ -155,6 +156,33 @@ def test_cmsfed_below_its_threshold_trains_everything():
     knowledge = clustered(facts) | {"imbalance": imbalance(facts, (0.6, 0.5))}
     picks = CMSFed(greedy="plain").select(situation(facts, knowledge=knowledge), 4, numpy_rng(0, "selection"))
     assert {p.modalities for p in picks} == {("a", "b")}
+
+
+@pytest.mark.parametrize("accuracy", [(0.6, 0.5), (0.9, 0.3)])
+@pytest.mark.parametrize("count", [4, CLIENTS, CLIENTS + 1])
+@pytest.mark.parametrize("selector", [CMSFed(), DivFL(), DivFL(vectors="encoders"), Uniform()], ids=str)
+def test_a_round_gets_the_picks_of_its_selector(selector, count, accuracy):
+    facts = federates()
+    seen = situation(facts, knowledge=clustered(facts) | {"imbalance": imbalance(facts, accuracy)})
+    ours = selector.picks(seen, count, numpy_rng(0, "selection"))
+    theirs = selector.select(seen, count, numpy_rng(0, "selection"))
+    assert sorted(ours, key=lambda p: p.client) == sorted(theirs, key=lambda p: p.client)
+
+
+def test_only_the_distances_that_can_decide_are_computed(monkeypatch):
+    asked = []
+    distances = Directions.distances
+    monkeypatch.setattr(Directions, "distances", lambda known, *key: asked.append(key[0]) or distances(known, *key))
+    facts = federates()
+    for accuracy, count, wanted in (
+        ((0.6, 0.5), 4, ["joint"]),
+        ((0.6, 0.5), CLIENTS, []),  # all of all
+        ((0.9, 0.3), CLIENTS, ["encoder.b"]),  # all of the weak one
+    ):
+        asked.clear()
+        seen = situation(facts, knowledge=clustered(facts) | {"imbalance": imbalance(facts, accuracy)})
+        CMSFed().picks(seen, count, numpy_rng(0, "selection"))
+        assert asked == wanted
 
 
 def test_cmsfed_never_asks_a_client_for_a_modality_that_it_lacks():
