@@ -7,10 +7,10 @@ innermost, and products run over W' B. For each output row r of the image and co
     dL/dW_j = sum over r of U_rj dL/dy_r^T
     dL/dx: with stride 1 the same product of dL/dy with the kernel turned round; else W^T dL/dy_r is added up in place
 
-Clients take turns, so that an image and what is made of it stay in the processor's cache. Max-pooling by 2 x 2 and ReLU
-that follow are done there, too: of values and gradients of full size, none travels to memory. The bias is added after
-the pooling: rounding keeps the order, so that the largest value is the same. A client's bits do not depend on the
-others, but on the number of rows B of the batch.
+Clients take turns in the same memory, so that an image and what is made of it stay in the processor's cache.
+Max-pooling by 2 x 2 and ReLU that follow are done there, too: of values and gradients of full size, none travels to
+memory. The bias is added after the pooling: rounding keeps the order, so that the largest value is the same. A client's
+bits do not depend on the others, but on the number of rows B of the batch.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch.autograd.function import once_differentiable
 
 from fedmm.models.innermost import samples_innermost
 from fedmm.models.pooling import Pooling
-from fedmm.models.windows import Geometry, Pair, overlap, padded
+from fedmm.models.windows import Geometry, Pair, overlap, padded, scratch
 
 
 def convolve(
@@ -51,6 +51,10 @@ def convolve(
     return _Convolution.apply(x, weight, bias, geometry, pooled, rectified)  # type: ignore[no-any-return, no-untyped-call]
 
 
+_threshold = torch.ops.aten.threshold_backward.grad_input
+"""_threshold(g, y, 0, grad_input=out): g where y > 0, else 0."""
+
+
 class _Convolution(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -58,19 +62,24 @@ class _Convolution(torch.autograd.Function):
     ) -> Tensor:
         """The convolution, and what follows it."""
         x = samples_innermost(x)
-        images, clients, outside = x.movedim(1, -1), *weight.shape[:2]
-        image = padded(images.shape[1:], outside, images.dtype, geometry)
-        pooling = Pooling(image.product) if pooled else None
-        high, wide = image.size if pooling is None else pooling.size
-        y = images.new_empty(clients, outside, high, wide, images.shape[-1])
-        places = None if pooling is None else y.new_empty(clients, high, outside, wide, y.shape[-1])
-        kernels, by_row, found = image.kernels(weight), image.product.flatten(2), image.product.transpose(0, 1)
+        images, clients, outside, batch = x.movedim(1, -1), *weight.shape[:2], x.shape[1]
+        image = padded(images.shape[1:], images.dtype, geometry)
+        high, wide = image.size
+        product = scratch("product", (high, outside, wide, batch), x.dtype)
+        by_row, found = product.flatten(2), product.transpose(0, 1)
+        if pooled:
+            pooling = Pooling(product)
+            high, wide = pooling.size
+        y = images.new_empty(clients, outside, high, wide, batch)
+        places = images.new_empty(clients, high, outside, wide, batch) if pooled else None
+        outputs, largest = y.unbind(0), y.transpose(1, 2).unbind(0)
         biases = None if bias is None else bias.view(*bias.shape, 1, 1, 1).unbind(0)
-        for k, (parts, out) in enumerate(zip(image.parts(images), y.unbind(0), strict=True)):
+        for k, (parts, kernels) in enumerate(zip(image.parts(images), image.kernels(weight), strict=True)):
+            out = outputs[k]
             image.fill(parts)
-            image.multiply(kernels[k], by_row)
-            if pooling is not None and places is not None:
-                pooling.forward(out.transpose(0, 1), places[k])
+            image.multiply(kernels, by_row)
+            if places is not None:
+                pooling.forward(largest[k], places[k])
                 if biases is not None:
                     out.add_(biases[k])
             elif biases is not None:
@@ -89,33 +98,38 @@ class _Convolution(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of input, weight and bias."""
         x, weight, places, y = ctx.saved_tensors
-        images, geometry, outputs = x.movedim(1, -1), ctx.geometry, None if y is None else y.movedim(1, -1)
-        image = padded(images.shape[1:], weight.shape[1], images.dtype, geometry)
+        images, geometry, (clients, outside, inside, *kernel) = x.movedim(1, -1), ctx.geometry, weight.shape
+        image = padded(images.shape[1:], x.dtype, geometry)
         of_x = None
         if ctx.needs_input_grad[0]:
             of_x = (_OfInput if geometry.dense else _OfStridedInput)(images, weight, geometry, image.size)
-        pooling = None
+        given = of_products = gradient.permute(0, 3, 2, 4, 1)  # [K, H', O, W', B]
+        if y is not None:
+            outputs = y.permute(0, 3, 2, 4, 1).unbind(0)
+            alive = scratch("alive", given.shape[1:], x.dtype)
+            of_products = alive.expand_as(given)
         if places is not None:
-            pooling = Pooling(image.product if of_x is None or of_x.place is None else of_x.place)
+            free = scratch("product", (image.size[0], outside, image.size[1], x.shape[1]), x.dtype)
+            pooling = Pooling(free if of_x is None or of_x.place is None else of_x.place)
             pooling.clear()
-        of_weight, of_bias = weight.new_empty(len(weight), *image.taps), []
-        for k, (parts, g) in enumerate(zip(image.parts(images), gradient.movedim(1, -1).unbind(0), strict=True)):
-            if outputs is not None:
-                g = torch.ops.aten.threshold_backward(g, outputs[k], 0)
+            of_products = pooling.image.expand(clients, *pooling.image.shape)
+        of_weight, of_bias = weight.new_empty(clients, *image.taps, outside), weight.new_empty(clients, outside)
+        each, by_row = of_products.unbind(0), of_products.flatten(3).transpose(2, 3).unbind(0)
+        for k, (parts, g) in enumerate(zip(image.parts(images), given.unbind(0), strict=True)):
+            if y is not None:
+                g = _threshold(g, outputs[k], 0, grad_input=alive)
             if ctx.biased:
-                of_bias.append(g.sum((1, 2, 3)))
-            g = g.transpose(0, 1)
-            if pooling is not None:
+                torch.sum(g, (0, 2, 3), out=of_bias[k])
+            if places is not None:
                 pooling.backward(g, places[k])
-                g = pooling.image
             image.fill(parts)
-            image.correlate(g.flatten(2), out=of_weight[k])
+            image.correlate(by_row[k], out=of_weight[k])
             if of_x is not None:
-                of_x.add(k, g)
+                of_x.add(k, each[k])
         return (
             None if of_x is None else of_x.whole.movedim(-1, 1),
-            of_weight.view(-1, *weight.shape[:2:-1], *weight.shape[2:0:-1]).permute(0, 4, 3, 2, 1).contiguous(),
-            torch.stack(of_bias) if ctx.biased else None,
+            of_weight.view(clients, *kernel[::-1], inside, outside).permute(0, 4, 3, 2, 1).contiguous(),
+            of_bias if ctx.biased else None,
             None,
             None,
             None,
@@ -132,14 +146,14 @@ class _OfInput:
 
     def __init__(self, images: Tensor, weight: Tensor, geometry: Geometry, size: Pair) -> None:
         clients, channels, high, wide, batch = images.shape
-        self._turned = padded((weight.shape[1], *size, batch), 0, images.dtype, geometry.turned())
+        self._turned = padded((weight.shape[1], *size, batch), images.dtype, geometry.turned())
         self._kernels, self.place = self._turned.kernels(weight.flip(3, 4).transpose(1, 2)), self._turned.inside
         by_row = images.new_empty(clients, high, channels, wide, batch)
         self.whole, self._each = by_row.transpose(1, 2), by_row.flatten(3).unbind(0)
 
     def add(self, k: int, g: Tensor) -> None:
         """Of client k, from dL/dy [H', O, W', B]."""
-        if g is not self.place:
+        if self.place is None or g.data_ptr() != self.place.data_ptr():
             self._turned.fill(self._turned.parts(g.transpose(0, 1).unsqueeze(0))[0])
         self._turned.multiply(self._kernels[k], self._each[k])
 
@@ -152,7 +166,7 @@ class _OfStridedInput:
     def __init__(self, images: Tensor, weight: Tensor, geometry: Geometry, size: Pair) -> None:
         self.whole = torch.empty_like(images)
         self._matrices = weight.permute(0, 1, 3, 4, 2).flatten(2).transpose(1, 2).unbind(0)
-        windows = images.new_empty(*geometry.kernel, images.shape[1], *size, images.shape[-1])
+        windows = scratch("windows", (*geometry.kernel, images.shape[1], *size, images.shape[-1]), images.dtype)
         self._product = windows.flatten(3).flatten(0, 2)
         spans = [
             [overlap(i * d - p, s, m, n) for i in range(k)]

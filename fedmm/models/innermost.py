@@ -38,6 +38,37 @@ def flat_samples(x: Tensor) -> Tensor:
     return _FlatSamples.apply(x)  # type: ignore[no-any-return, no-untyped-call]
 
 
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """A linear layer x W + b for samples that are innermost, as flattened images are: so is the gradient of x.
+
+    Args:
+        x: [K, B, in].
+        weight: [K, in, out].
+        bias: [K, 1, out].
+    """
+    return _Linear.apply(x, weight, bias)  # type: ignore[no-any-return, no-untyped-call]
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The layer."""
+        ctx.save_for_backward(x, weight)
+        return torch.bmm(x, weight) if bias is None else torch.baddbmm(bias, x, weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of input, weight and bias."""
+        x, weight = ctx.saved_tensors
+        need_x, need_weight, need_bias = ctx.needs_input_grad
+        return (
+            torch.bmm(weight, gradient.transpose(1, 2)).transpose(1, 2) if need_x else None,
+            torch.bmm(x.transpose(1, 2), gradient) if need_weight else None,
+            gradient.sum(1, keepdim=True) if need_bias else None,
+        )
+
+
 class _FlatSamples(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 Of an image [H, C, W, B] come the largest values m [H / 2, C, W / 2, B] of the windows, and their places p, numbered by
 rows; of equal values the first counts, as in PyTorch:
 
-    l = max(left, right), c = [right > left];   m = max(l_top, l_bottom), r = [l_bottom > l_top];   p = c_r + 2 r
+    l = max(left, right);   m = max(l_top, l_bottom), r = [l_bottom > l_top], c = [m > left_r];   p = c + 2 r
 
 Back: the gradient at place i of a window is dL/dm where p = i, else 0. An odd last row or column is in no window.
 """
@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+from fedmm.models.windows import scratch
 
 
 class Pooling:
@@ -32,16 +34,18 @@ class Pooling:
         windows = image[: 2 * high, :, : 2 * wide].view(high, 2, -1, wide, 2, image.shape[-1])
         self._left, self._right = windows.unbind(4)
         self._places = [*self._left.unbind(1), *self._right.unbind(1)]
-        self._larger, self._mask = torch.empty_like(self._left), torch.empty_like(self._places[0])
+        self._larger = scratch("larger", self._left.shape, image.dtype)
+        self._mask = scratch("mask", self._places[0].shape, image.dtype)
+        self._rows = *self._larger.unbind(1), *self._left.unbind(1)
 
     def forward(self, largest: Tensor, place: Tensor) -> None:
-        """Largest values and their places, of the image's shape by half; the image is lost."""
+        """Largest values and their places, of the image's shape by half."""
+        top, bottom, top_left, bottom_left = self._rows
         torch.maximum(self._left, self._right, out=self._larger)
-        torch.gt(self._right, self._left, out=self._right)
-        top, bottom = self._larger.unbind(1)
         torch.maximum(top, bottom, out=largest)
         torch.gt(bottom, top, out=self._mask)
-        torch.lerp(self._right[:, 0], self._right[:, 1], self._mask, out=place)
+        torch.lerp(top_left, bottom_left, self._mask, out=place)
+        torch.gt(largest, place, out=place)
         place.add_(self._mask, alpha=2)
 
     def clear(self) -> None:

@@ -28,7 +28,7 @@ from fedmm.models.boosted import Gate as PlainGate
 from fedmm.models.convolution import convolve
 from fedmm.models.encoders import BasicBlock
 from fedmm.models.fusion import FUSIONS
-from fedmm.models.innermost import flat_samples, group_norm, samples_innermost
+from fedmm.models.innermost import flat_samples, group_norm, linear, samples_innermost
 from fedmm.models.multimodal import MultimodalModel
 from fedmm.models.windows import Geometry
 from fedmm.types import Tensors
@@ -63,8 +63,10 @@ class Linear(_Layer):
 
     def forward(self, x: Tensor) -> Tensor:
         """[K, ..., in] -> [K, ..., out]."""
-        rows = x if x.dim() == 3 else x.reshape(x.shape[0], -1, x.shape[-1])
         weight, bias = self.weight, self.bias
+        if x.dim() == 3 and x.stride(1) == 1 < x.stride(2) and x.device.type == "cpu":
+            return linear(x, weight, bias)  # flattened images
+        rows = x if x.dim() == 3 else x.reshape(x.shape[0], -1, x.shape[-1])
         out = torch.bmm(rows, weight) if bias is None else torch.baddbmm(bias, rows, weight)
         return out if x.dim() == 3 else out.view(*x.shape[:-1], out.shape[-1])
 

@@ -10,14 +10,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from math import prod
 
 import torch
 from torch import Tensor
 
 Pair = tuple[int, int]
 
-_KEPT = 2**22
-"""Bytes up to which the memory for an image and its product stays allocated; larger ones pass the cache anyway."""
+_KEPT = 2**21
+"""Bytes up to which a piece of memory stays allocated for the next step: what a processor's second cache holds."""
 
 
 @dataclass(frozen=True)
@@ -55,23 +56,34 @@ class Geometry:
         return (*self.stride, *self.dilation) == (1, 1, 1, 1)
 
 
+def scratch(role: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Memory for what a step needs at once and never again: the same for all of one role, thus in the cache."""
+    size = prod(shape)
+    if size * dtype.itemsize > _KEPT:
+        return torch.empty(shape, dtype=dtype)
+    return _scratch(role, dtype)[:size].view(shape)
+
+
+@lru_cache(maxsize=16)
+def _scratch(role: str, dtype: torch.dtype) -> Tensor:
+    return torch.empty(_KEPT // dtype.itemsize, dtype=dtype)
+
+
 class Padded:
     """One image at a time with its margin, which stays zero.
 
     Args:
         shape: [C, H, W, B] of the images.
-        outside: Channels of `product`.
         dtype: Of the numbers.
         geometry: How the kernel moves.
 
     Attributes:
         size: Height and width of the output.
-        product: [H', O, W', B], free for use.
         inside: Where the image is, [H, C, W, B]; None if it does not lie in one piece.
-        taps: Shape of the kernels' matrices, transposed: [w, h C, O], or [w h, C, O] if rows are dilated.
+        taps: Shape of a kernel's matrices, without outputs: [w, h C], or [w h, C] if rows are dilated.
     """
 
-    def __init__(self, shape: tuple[int, int, int, int], outside: int, dtype: torch.dtype, geometry: Geometry) -> None:
+    def __init__(self, shape: tuple[int, int, int, int], dtype: torch.dtype, geometry: Geometry) -> None:
         channels, high, wide, batch = shape
         (kh, kw), (down, right), (top, left), (gap, step) = (
             geometry.kernel,
@@ -80,7 +92,6 @@ class Padded:
             geometry.dilation,
         )
         self.size = geometry.size((high, wide))
-        self.product = torch.empty(self.size[0], outside, self.size[1], batch, dtype=dtype)
         each = -(-(wide + 2 * left) // right)
         image = torch.zeros(high + 2 * top, channels, right, each, batch, dtype=dtype)
         rows, of_rows = overlap(-top, 1, len(image), high)
@@ -99,8 +110,7 @@ class Padded:
             for j in range(kw)
             for i in range(1 if gap == 1 else kh)
         ]
-        self.taps = len(self._windows), self._windows[0].shape[1], outside
-        self._by_row = torch.empty(self.taps[0], self.size[0], *self.taps[1:], dtype=dtype)
+        self.taps = len(self._windows), self._windows[0].shape[1]
 
     def parts(self, images: Tensor) -> list[tuple[Tensor, ...]]:
         """What `fill` takes, for each of the images [K, C, H, W, B]."""
@@ -126,22 +136,21 @@ class Padded:
             out.baddbmm_(kernel, windows)
 
     def correlate(self, product: Tensor, out: Tensor) -> None:
-        """Sum over rows, columns and samples of window times product [H', O, W' B], to `taps`."""
-        transposed = product.transpose(1, 2)
-        for windows, into in zip(self._windows, self._by_row, strict=True):
-            torch.bmm(windows, transposed, out=into)
-        torch.sum(self._by_row, 1, out=out)
+        """Sum over rows, columns and samples of window times product [H', W' B, O], to `taps`."""
+        by_row = scratch("by row", (out.shape[0], len(product), *out.shape[1:]), product.dtype)
+        for windows, into in zip(self._windows, by_row.unbind(0), strict=True):
+            torch.bmm(windows, product, out=into)
+        torch.sum(by_row, 1, out=out)
 
 
-_kept = lru_cache(maxsize=32)(Padded)
+_kept = lru_cache(maxsize=64)(Padded)
 
 
-def padded(shape: tuple[int, ...], outside: int, dtype: torch.dtype, geometry: Geometry) -> Padded:
+def padded(shape: tuple[int, ...], dtype: torch.dtype, geometry: Geometry) -> Padded:
     """Memory for images [C, H, W, B] with margins, in turn: steps share the same few, zeros and all."""
     channels, high, wide, batch = shape
-    rows, columns = geometry.size((high, wide))
-    small = (channels * high * wide + outside * rows * columns) * batch * dtype.itemsize <= _KEPT
-    return (_kept if small else Padded)((channels, high, wide, batch), outside, dtype, geometry)
+    small = channels * high * wide * batch * dtype.itemsize <= _KEPT
+    return (_kept if small else Padded)((channels, high, wide, batch), dtype, geometry)
 
 
 def overlap(offset: int, stride: int, windows: int, size: int) -> tuple[slice, slice]:

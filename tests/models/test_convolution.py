@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from fedmm.models.convolution import convolve
-from fedmm.models.innermost import flat_samples, group_norm, samples_innermost
+from fedmm.models.innermost import flat_samples, group_norm, linear, samples_innermost
 from fedmm.models.stacked import Pool
 from fedmm.models.windows import Geometry
 
@@ -135,6 +135,14 @@ def test_pooling_of_each_client(layer):
     assert_as(Pool(layer)(x), torch.stack([layer(x[k]) for k in range(CLIENTS)]), [x], [x])
 
 
+@pytest.mark.parametrize("bias", [True, False])
+def test_linear_layer_of_each_client(bias):
+    x, w, b = draw(CLIENTS, 5, BATCH), draw(CLIENTS, 5, 4), draw(CLIENTS, 1, 4) if bias else None
+    given = [t for t in (x, w, b) if t is not None]
+    rows = x.transpose(1, 2)
+    assert_as(linear(rows, w, b), rows @ w + (0 if b is None else b), given, given)
+
+
 def test_layers_hand_on_samples_innermost_without_a_copy():
     x, w = draw(CLIENTS, 8, 2, 6, 6), draw(CLIENTS, 4, 2, 3, 3)
     y = convolve(x, w, None, Geometry((3, 3), (1, 1), (1, 1), (1, 1)))
@@ -142,6 +150,10 @@ def test_layers_hand_on_samples_innermost_without_a_copy():
         assert samples_innermost(t).data_ptr() == t.data_ptr()
         assert flat_samples(t).data_ptr() == t.data_ptr()
     found = []
-    y.register_hook(found.append)
-    (flat_samples(y) @ torch.ones(4 * 36, 1, dtype=y.dtype)).sum().backward()
-    assert samples_innermost(found[0]).data_ptr() == found[0].data_ptr()
+    flat = flat_samples(y)
+    for t in (y, flat):
+        t.register_hook(found.append)
+    linear(flat, draw(CLIENTS, 4 * 36, 5), None).sum().backward()
+    assert found[0].transpose(1, 2).is_contiguous()
+    assert found[1].data_ptr() == found[0].data_ptr()
+    assert samples_innermost(found[1]).data_ptr() == found[1].data_ptr()
