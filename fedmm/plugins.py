@@ -39,8 +39,8 @@ def build(role: str, plugin: Plugin, table: Mapping[str, type[T]], base: type[T]
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         place = ".".join([role, *map(str, first["loc"])])
-        where, what, remedy = describe(place, [("", dict(first))], Plugin, {})
-        raise ConfigError(what, where=where, remedy=remedy) from None
+        place, what, cure = describe(place, [("", dict(first))], Plugin, {})
+        raise ConfigError(what, where=place, remedy=cure) from None
     return built
 
 
