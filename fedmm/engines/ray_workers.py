@@ -76,6 +76,7 @@ class RayPool:
         self._greeted: dict[ObjectRef[Any], tuple[Any, float]] = {}
         self._busy: dict[ObjectRef[Any], tuple[Any, Chunk]] = {}
         self._failed_starts = 0
+        self._death = ""
         self._hope = 0.0
         self._seen_alive: set[Any] = set()
         self._pids: dict[Any, int] = {}
@@ -298,7 +299,8 @@ class RayPool:
         ray_instance.check()
         now = time.monotonic()
         if not (self._idle or self._busy) and self._hope <= now:
-            raise RunError(f"no Ray worker started within {START_SECONDS:.0f} s", remedy=CANNOT_START)
+            died = f"; {self._failed_starts} died at start-up: {self._death}" if self._failed_starts else ""
+            raise RunError(f"no Ray worker started within {START_SECONDS:.0f} s{died}", remedy=CANNOT_START)
         for ref, (worker, limit) in list(self._greeted.items()):
             if limit <= now:
                 del self._greeted[ref]
@@ -315,9 +317,9 @@ class RayPool:
         except DEATH as error:
             ray_instance.check()
             self._failed_starts += 1
+            self._death = " ".join(str(error).split())[:300]
             if self._failed_starts >= FAILED_STARTS * self.workers:
-                reason = " ".join(str(error).split())[:300]
-                what = f"{self._failed_starts} Ray workers in a row died at start-up: {reason}"
+                what = f"{self._failed_starts} Ray workers in a row died at start-up: {self._death}"
                 raise RunError(what, remedy=CANNOT_START) from None
             self._replace(worker)
         else:
