@@ -8,6 +8,7 @@ import importlib.metadata
 import json
 import sys
 from collections.abc import Mapping
+from io import TextIOWrapper
 from pathlib import Path
 from time import perf_counter
 from typing import Annotated, Any
@@ -68,6 +69,9 @@ def main() -> None:
     # Last, so that nothing there can hide a package, and after our own root, which an editable install leaves off the
     # path. Ray's and Flower's workers get this path too.
     sys.path += [str(Path(__file__).resolve().parents[1]), ""]
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal may lack a character of a table
     with interrupts.program():
         app()
 

@@ -477,6 +477,21 @@ def test_a_run_of_a_comparison_that_fails_is_told_in_one_line(tmp_path):
     assert line.endswith("policy.retries)")
 
 
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+def test_a_terminal_without_a_character_gets_another(tmp_path, encoding):
+    out = tmp_path / "study"
+    assert invoke("compare", "methods=[fedavg, fedprox]", "seeds=2", *TINY, "--out", out).exit_code == 0
+    done = subprocess.run(
+        command("report", out),
+        cwd=ROOT,
+        env=environment(PYTHONIOENCODING=encoding, PYTHONUTF8="0", PYTHONCOERCECLOCALE="0", LC_ALL="C"),
+        capture_output=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "? to baseline" in done.stdout.decode(encoding)
+
+
 def test_the_shipped_configurations_are_valid():
     assert invoke("explain", ROOT / "experiments/configs/quick.yaml").exit_code == 0
     from fedmm.config.load import expand, load_compare
