@@ -235,6 +235,8 @@ def test_wrong_names_of_parts(tmp_path, monkeypatch, overrides, parts):
         (["objective=ogm", "objective.reference=other"], ["objective.reference", 'did you mean "others"']),
         (["selection=power_of_choice", "selection.d=0"], ["selection.d: 0", "greater than 0"]),
         (["method=cmsfed", "selection.theta=-1"], ["selection.theta: -1", "greater than or equal to 0"]),
+        (["strategy=fedadam", "strategy.eta=fast"], ['strategy.eta: "fast"', "allowed: a number (correct"]),
+        (["method=pmr", "objective.entropy_rounds=1.5"], ["objective.entropy_rounds: 1.5", "a whole number"]),
         (["strategy=fedadam", "strategy.eta=0"], ["strategy: eta and tau must be above 0"]),
     ],
 )
