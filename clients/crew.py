@@ -24,7 +24,21 @@ from clients.terms import fitted, local_schedule, workspace_on
 from clients.together import train_together
 from clients.workspace import Workspace, workspace
 from fedmm.engines.allocator import keep_memory
-from fedmm.jobs import Arrays, Group, Hello, Measure, Measured, Observe, Shared, Single, Train, Trained, arrays, tensors
+from fedmm.jobs import (
+    Arrays,
+    Group,
+    Hello,
+    Measure,
+    Measured,
+    Observe,
+    Shared,
+    Single,
+    Train,
+    Trained,
+    arrays,
+    tensors,
+    turned,
+)
 from fedmm.metrics.imbalance import observe
 from fedmm.metrics.local import STATISTICS, evaluate_samples
 from fedmm.models.blocks import blocks_of, is_float
@@ -99,6 +113,10 @@ class _Crew:
         self._terms = job.terms or (Terms(),) * len(job.clients)
         self._cohort = job.cohort if here.stack is not None else 1
         self._stacked = here.stack_for(self._cohort) is not None
+        self._turned: Tensors = {}
+        if job.deltas is not None:
+            wanted = {n: t for n, t in self._model.items() if n.startswith(job.deltas) and is_float(t)}
+            self._turned = {n: turned(t.unsqueeze(0)).contiguous() for n, t in wanted.items()}
 
     def run(self) -> Trained:
         """Do the job."""
@@ -195,13 +213,11 @@ class _Crew:
                 self._single(places[row], job.clients[i], modalities, outcome, row) for row, i in enumerate(which)
             ]
         else:
-            deltas: Tensors = {}
-            if job.deltas is not None:
-                deltas = {
-                    n: (self._model[n] - t).flatten(1).to(torch.float32)
-                    for n, t in outcome.model.items()
-                    if n.startswith(job.deltas) and is_float(t)
-                }
+            deltas = {
+                n: (self._turned[n] - turned(t)).to(torch.float32)
+                for n, t in outcome.model.items()
+                if n in self._turned
+            }
             self._groups.append(
                 Group(
                     places,

@@ -114,7 +114,7 @@ class Group:
         loss: Mean loss of the last epoch, float64 [g].
         steps: Optimiser steps, int64 [g].
         report: Statistics and the objective's report, [g, ...] each.
-        deltas: Tensor name -> sent less trained, flattened, float32 [g, n].
+        deltas: Tensor name -> sent less trained, float32 [g, *shape], matrices `turned`.
         blocks: Blocks that they trained.
     """
 
@@ -195,6 +195,11 @@ class Observe:
 Job = Hello | Train | Measure | Observe
 Work = Callable[[Any, Shared], Any]
 """(job, shared) -> result, whatever process it is called in."""
+
+
+def turned(tensors: torch.Tensor) -> torch.Tensor:
+    """Tensors [g, *shape] with matrices transposed, as stacks hold them; and back."""
+    return tensors.mT if tensors.dim() == 3 else tensors
 
 
 def arrays(tensors: Mapping[str, torch.Tensor]) -> Arrays:

@@ -61,7 +61,7 @@ class Update:
 
 @dataclass(frozen=True)
 class Change:
-    """How the models of some clients moved: tensor name -> sent less trained, flattened, [g, n]."""
+    """How the models of some clients moved: tensor name -> sent less trained, [g, *shape], matrices `turned`."""
 
     clients: tuple[int, ...]
     rows: Tensors

@@ -12,7 +12,7 @@ would pass `MEMORY`, each is kept as its sketch of `WIDTH` numbers (see `sketch`
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from fedmm import seeding
+from fedmm.jobs import turned
 from fedmm.models.blocks import block_of, is_float
 from fedmm.types import Tensors
 from server.aggregation import Gathered, Update
@@ -194,7 +195,8 @@ class Directions(Knowledge):
     zeros. encoder.<m> [K, P_m]: refreshed in the bootstrap, and then when the client trained m alone (a weak-only
     pick). whole [K, P']: deltas of all blocks (DivFL's own vectors). Clients that were not picked keep stale vectors.
     Coordinates are the float tensors of the key's blocks, sorted by name, flattened, one after another; of more than
-    `MEMORY` bytes, their sketch.
+    `MEMORY` bytes, their sketch. Whole vectors are written when they are asked for: a client that trains in every
+    round and is compared with nobody costs nothing.
     Source: BMSFed, section "selection"; DivFL (Balakrishnan et al., ICLR 2022).
     """
 
@@ -202,6 +204,8 @@ class Directions(Knowledge):
     deltas = "encoder."
 
     def __init__(self, federates: Federates) -> None:
+        # key -> clients, and their changes part by part, which are not in the key's vectors yet
+        self._waiting: dict[str, list[tuple[list[int], list[Tensor]]]] = {}
         super().__init__(federates)
         # key, normalise -> what is kept of its distances, and rows that changed since
         self._distances: dict[tuple[str, bool], tuple[_Kept, set[int]]] = {}
@@ -209,12 +213,13 @@ class Directions(Knowledge):
 
     def learn(self, sent: Tensors, updates: Sequence[Update]) -> None:
         """Overwrite the vectors that the module's text says."""
-        bootstrap = not self.tensors
+        bootstrap = not self._tensors
         for key in self.kinds():
             names = self.covered(key, sent)
             length = sum(sent[n].numel() for n in names)
-            self._vectors(key, length)
+            _, sketched = self._vectors(key, length)
             refreshed = {u.client: u for u in updates if self.refreshes(key, u.modalities, u.complete, bootstrap)}
+            self._write(key, refreshed.keys())
             for change in updates.changes if isinstance(updates, Gathered) else ():
                 mine = [i for i, client in enumerate(change.clients) if client in refreshed]
                 if mine:
@@ -223,7 +228,9 @@ class Directions(Knowledge):
                         change.rows[n][some] if n in change.rows else torch.zeros(len(mine), sent[n].numel())
                         for n in names
                     ]
-                    self._learn_parts(key, [change.clients[i] for i in mine], parts)
+                    self._waiting.setdefault(key, []).append(([change.clients[i] for i in mine], parts))
+            if sketched:
+                self._write(key)
             fresh = [u for u in refreshed.values() if u.model]
             step = max(1, _CHUNK // max(1, length))
             for part in (fresh[i : i + step] for i in range(0, len(fresh), step)):
@@ -243,11 +250,12 @@ class Directions(Knowledge):
         self._learn_parts(key, clients, [rows])
 
     def _learn_parts(self, key: str, clients: Sequence[int], parts: Sequence[Tensor]) -> None:
-        """`learn_rows` of rows in parts [k, n] that lie side by side."""
+        """`learn_rows` of rows in parts [k, *shape], matrices `turned`, that lie side by side."""
+        parts = [turned(part).flatten(1) for part in parts]
         length = sum(part.shape[1] for part in parts)
         vectors, sketched = self._vectors(key, length)
         if sketched:
-            seed, rows = seeding.derive(0, f"directions/{key}", length), torch.cat(list(parts), 1)
+            seed, rows = seeding.derive(0, f"directions/{key}", length), torch.cat(parts, 1)
             step = max(1, _CHUNK // max(1, length))
             for start in range(0, len(clients), step):
                 some = rows[start : start + step].to(vectors.dtype)
@@ -266,11 +274,29 @@ class Directions(Knowledge):
         """The key's tensor, made if need be, and whether it holds sketches of vectors of this length."""
         size, name = len(self.federates.owned), f"direction.{key}"
         sketched = length > WIDTH and 4 * size * length > MEMORY
-        if name not in self.tensors:
-            self.tensors[name] = torch.zeros(size, WIDTH if sketched else length)
+        if name not in self._tensors:
+            self._tensors[name] = torch.zeros(size, WIDTH if sketched else length)
         if sketched:
             self._sketched.add(key)
-        return self.tensors[name], sketched
+        return self._tensors[name], sketched
+
+    def _write(self, key: str, but: Collection[int] = ()) -> None:
+        """Write what waits into the key's vectors, save where it is all of clients that are about to change again."""
+        for clients, parts in self._waiting.pop(key, []):
+            if not all(client in but for client in clients):
+                self._learn_parts(key, clients, parts)
+
+    @property
+    def tensors(self) -> Tensors:
+        """Vectors of every kind."""
+        for key in list(self._waiting):
+            self._write(key)
+        return self._tensors
+
+    @tensors.setter
+    def tensors(self, tensors: Tensors) -> None:
+        self._tensors = tensors
+        self._waiting.clear()
 
     def kinds(self) -> tuple[str, ...]:
         """Kinds of vectors that are kept."""
@@ -330,7 +356,8 @@ class Directions(Knowledge):
 
     def vectors(self, key: str) -> Tensor:
         """Vectors [K, P] (or their sketches) of "joint", "whole" or "encoder.<m>"."""
-        return self.tensors[f"direction.{key}"]
+        self._write(key)
+        return self._tensors[f"direction.{key}"]
 
 
 class WholeDirections(Directions):

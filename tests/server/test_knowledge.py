@@ -1,11 +1,13 @@
 """What a server keeps of replies: directions and dominance (prototypes and imbalance: see the reference tests)."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
 from server import directions
-from server.aggregation import Update
+from server.aggregation import Change, Gathered, Update
 from server.directions import distances, sketch
 from server.knowledge import KNOWLEDGE, Confidence, Directions, Federates, WholeDirections
 
@@ -70,6 +72,37 @@ def test_order_of_names_does_not_matter(kind):
     one.learn(SENT, [later])
     two.learn({n: SENT[n] for n in reversed(SENT)}, [later])
     assert all(torch.equal(one.tensors[n], two.tensors[n]) for n in one.tensors)
+
+
+@pytest.mark.parametrize("look", [True, False])
+@pytest.mark.parametrize("memory", [directions.MEMORY, 0])
+@pytest.mark.parametrize("kind", [Directions, WholeDirections])
+def test_what_workers_say_of_changes_is_what_models_say(kind, memory, look, monkeypatch):
+    """Whenever the vectors are looked at; workers' matrices are transposed."""
+    monkeypatch.setattr(directions, "MEMORY", memory)
+    monkeypatch.setattr(directions, "WIDTH", 4)
+    sent = SENT | {"encoder.b.w": torch.arange(6.0).view(2, 3), "head.joint.w": torch.arange(4.0).view(1, 4)}
+    rng = torch.Generator().manual_seed(0)
+    told, asked = kind(FEDERATES), kind(FEDERATES)
+    together = ((0, 1), MODALITIES, True), ((2,), ("a",), True)
+    for groups in (together, together, (((1,), ("b",), False), ((0,), MODALITIES, True)), ()):
+        changes, plain = [], []
+        for clients, modalities, complete in groups:
+            names = [n for n in sent if n.startswith("head") or n.split(".")[1] in modalities]
+            models = {n: torch.randn(len(clients), *sent[n].shape, generator=rng) for n in names if n[-1] != "s"}
+            plain += [
+                Update(k, 10, modalities, {n: t[i] for n, t in models.items()}, {}, 0.0, complete)
+                for i, k in enumerate(clients)
+            ]
+            moved = {n: sent[n] - t for n, t in models.items()}
+            changes.append(Change(clients, {n: t.mT if t.dim() == 3 else t for n, t in moved.items()}))
+        plain.sort(key=lambda u: u.client)
+        told.learn(sent, Gathered(tuple(replace(u, model={}) for u in plain), changes=tuple(changes)))
+        asked.learn(sent, plain)
+        if look:
+            assert all(torch.equal(told.vectors(key), asked.vectors(key)) for key in told.kinds())
+    assert told.tensors.keys() == asked.tensors.keys()
+    assert all(torch.equal(told.tensors[n], t) for n, t in asked.tensors.items())
 
 
 def confidence(client, **sums):
