@@ -13,6 +13,7 @@ import pytest
 import ray
 from support import APP, CLIENTS, arrays, by_partition, messages, pids, processes
 
+from fedmm.engines import ray_workers
 from fedmm.engines.inprocess import InProcessGrid
 from fedmm.engines.processes import descendants
 from fedmm.engines.ray_workers import RayGrid, RayPool
@@ -24,10 +25,12 @@ HERE = Path(__file__).parent
 @pytest.fixture(scope="module")
 def pools():
     """Pools of 1, 2 and 3 workers on one Ray instance."""
-    made = {workers: RayPool(APP, workers) for workers in (1, 2, 3)}
-    yield made
-    for pool in made.values():
-        pool.close()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ray_workers, "START_SECONDS", 150.0)  # for so many at once, on a machine that may be busy
+        made = {workers: RayPool(APP, workers) for workers in (1, 2, 3)}
+        yield made
+        for pool in made.values():
+            pool.close()
 
 
 @pytest.fixture
@@ -142,7 +145,8 @@ def test_nothing_is_printed_when_workers_die(pool, capfd):
 
 
 @pytest.mark.slow
-def test_a_worker_killed_while_it_starts_is_replaced(pools):
+def test_a_worker_killed_while_it_starts_is_replaced(pools, monkeypatch):
+    monkeypatch.setattr(ray_workers, "START_SECONDS", 35.0)  # after which it is missed
     for workers, pool in pools.items():  # or the new one takes a process that Ray has started for them
         pool.wait(workers)
 

@@ -6,6 +6,7 @@ import pytest
 from drill import METHODS, finish, result, settings, start, undisturbed
 
 from experiments.runner import CLIENT_APP, CREW, run
+from fedmm.engines import ray_workers
 from fedmm.engines.inprocess import InProcessGrid
 from fedmm.engines.ray_workers import RayGrid, RayPool
 
@@ -35,10 +36,12 @@ def told(tmp_path_factory):
 @pytest.fixture(scope="module")
 def pools():
     """Pools of 1, 2 and 3 workers on one Ray instance."""
-    made = {workers: RayPool(CLIENT_APP, workers, CREW) for workers in (1, 2, 3)}
-    yield made
-    for pool in made.values():
-        pool.close()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ray_workers, "START_SECONDS", 150.0)  # for so many at once, on a machine that may be busy
+        made = {workers: RayPool(CLIENT_APP, workers, CREW) for workers in (1, 2, 3)}
+        yield made
+        for pool in made.values():
+            pool.close()
 
 
 @pytest.mark.parametrize("workers", [1, 2, 3])
