@@ -32,6 +32,8 @@ START_SECONDS = 60.0
 PENDING_SECONDS = 120.0
 CHECK_SECONDS = 15.0
 TAIL_LINES = 15
+UNKNOWN = "unknown"
+"""Status of a run of which Flower tells none."""
 
 ENVIRONMENT = {
     "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
@@ -248,7 +250,7 @@ def _follow(
                 if deadline is not None and time.monotonic() >= deadline:
                     raise RunError("Flower's run did not end in time", where=str(log)) from None
                 # Flower is known to leave a run pending for ever now and then.
-                running = running or _status(environment)[0] not in ("pending", "starting")
+                running = running or _status(environment)[0] not in ("pending", "starting", UNKNOWN)
                 if not running and time.monotonic() - started > PENDING_SECONDS:
                     raise RunError("Flower never started the run", where=str(log), remedy="try again") from None
                 continue
@@ -278,7 +280,10 @@ def _read(process: subprocess.Popen[str], lines: queue.Queue[str | None]) -> Non
 def _status(environment: dict[str, str]) -> tuple[str, str]:
     """Status of the only run of the private SuperLink, and its details."""
     command = [_tool("flwr"), "list", "private", "--format", "json"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=START_SECONDS)
+    try:
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=START_SECONDS)
+    except subprocess.TimeoutExpired:
+        return UNKNOWN, f"no answer within {START_SECONDS:.0f} s"
     try:
         (run,) = json.loads(done.stdout)["runs"]
     except (ValueError, KeyError) as error:

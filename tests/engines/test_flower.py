@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from support import CLIENTS, arrays, by_partition, messages, variables
 
+from fedmm.engines import flower
 from fedmm.engines.flower import run_flower, stage_app
 from fedmm.engines.inprocess import InProcessGrid
 from fedmm.errors import RunError
@@ -33,6 +34,16 @@ def test_the_staged_app_holds_the_packages_and_the_configuration(tmp_path):
 def test_a_missing_package_is_named(tmp_path):
     with pytest.raises(RunError, match="no_such_package"):
         stage_app(tmp_path / "app", "no_such_package.app:app", "echo_app:app", {})
+
+
+def test_a_status_that_is_not_told_in_time_is_unknown(monkeypatch):
+    def late(command, **options):
+        raise subprocess.TimeoutExpired(command, options["timeout"])
+
+    monkeypatch.setattr(subprocess, "run", late)
+    status, details = flower._status(dict(os.environ))
+    assert status == flower.UNKNOWN
+    assert "60 s" in details
 
 
 MARK = "FEDMM_TEST_MARK"
