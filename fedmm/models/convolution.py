@@ -22,8 +22,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fedmm.models.innermost import samples_innermost
-from fedmm.models.pooling import Pooling
-from fedmm.models.windows import Geometry, Pair, overlap, padded, scratch
+from fedmm.models.scratch import scratch
+from fedmm.models.windows import Geometry, Pair, overlap, padded
 
 
 def convolve(
@@ -63,23 +63,21 @@ class _Convolution(torch.autograd.Function):
         """The convolution, and what follows it."""
         x = samples_innermost(x)
         images, clients, outside, batch = x.movedim(1, -1), *weight.shape[:2], x.shape[1]
-        image = padded(images.shape[1:], images.dtype, geometry)
-        high, wide = image.size
-        product = scratch("product", (high, outside, wide, batch), x.dtype)
-        by_row, found = product.flatten(2), product.transpose(0, 1)
-        if pooled:
-            pooling = Pooling(product)
-            high, wide = pooling.size
+        image = padded(images.shape[1:], outside, x.dtype, geometry)
+        by_row, found = image.product.flatten(2), image.product.transpose(0, 1)
+        high, wide = image.pooling.size if pooled else image.size
         y = images.new_empty(clients, outside, high, wide, batch)
         places = images.new_empty(clients, high, outside, wide, batch) if pooled else None
-        outputs, largest = y.unbind(0), y.transpose(1, 2).unbind(0)
+        outputs = y.unbind(0)
+        if places is not None:
+            largest, chosen = y.transpose(1, 2).unbind(0), places.unbind(0)
         biases = None if bias is None else bias.view(*bias.shape, 1, 1, 1).unbind(0)
         for k, (parts, kernels) in enumerate(zip(image.parts(images), image.kernels(weight), strict=True)):
             out = outputs[k]
             image.fill(parts)
             image.multiply(kernels, by_row)
             if places is not None:
-                pooling.forward(largest[k], places[k])
+                image.pooling.forward(largest[k], chosen[k])
                 if biases is not None:
                     out.add_(biases[k])
             elif biases is not None:
@@ -99,7 +97,7 @@ class _Convolution(torch.autograd.Function):
         """Gradients of input, weight and bias."""
         x, weight, places, y = ctx.saved_tensors
         images, geometry, (clients, outside, inside, *kernel) = x.movedim(1, -1), ctx.geometry, weight.shape
-        image = padded(images.shape[1:], x.dtype, geometry)
+        image = padded(images.shape[1:], outside, x.dtype, geometry)
         of_x = None
         if ctx.needs_input_grad[0]:
             of_x = (_OfInput if geometry.dense else _OfStridedInput)(images, weight, geometry, image.size)
@@ -109,11 +107,11 @@ class _Convolution(torch.autograd.Function):
             alive = scratch("alive", given.shape[1:], x.dtype)
             of_products = alive.expand_as(given)
         if places is not None:
-            free = scratch("product", (image.size[0], outside, image.size[1], x.shape[1]), x.dtype)
-            pooling = Pooling(free if of_x is None or of_x.place is None else of_x.place)
+            chosen = places.unbind(0)
+            pooling = image.pooling if of_x is None or of_x.pooling is None else of_x.pooling
             pooling.clear()
             of_products = pooling.image.expand(clients, *pooling.image.shape)
-        of_weight, of_bias = weight.new_empty(clients, *image.taps, outside), weight.new_empty(clients, outside)
+        of_weight, of_bias = weight.new_empty(clients, *image.taps), weight.new_empty(clients, outside)
         each, by_row = of_products.unbind(0), of_products.flatten(3).transpose(2, 3).unbind(0)
         for k, (parts, g) in enumerate(zip(image.parts(images), given.unbind(0), strict=True)):
             if y is not None:
@@ -121,7 +119,7 @@ class _Convolution(torch.autograd.Function):
             if ctx.biased:
                 torch.sum(g, (0, 2, 3), out=of_bias[k])
             if places is not None:
-                pooling.backward(g, places[k])
+                pooling.backward(g, chosen[k])
             image.fill(parts)
             image.correlate(by_row[k], out=of_weight[k])
             if of_x is not None:
@@ -141,19 +139,20 @@ class _OfInput:
 
     Attributes:
         whole: [K, I, H, W, B].
-        place: Where dL/dy [H', O, W', B] of a client need not be copied from; None: nowhere.
+        pooling: Of where dL/dy [H', O, W', B] of a client need not be copied from; None: there is no such place.
     """
 
     def __init__(self, images: Tensor, weight: Tensor, geometry: Geometry, size: Pair) -> None:
         clients, channels, high, wide, batch = images.shape
-        self._turned = padded((weight.shape[1], *size, batch), images.dtype, geometry.turned())
-        self._kernels, self.place = self._turned.kernels(weight.flip(3, 4).transpose(1, 2)), self._turned.inside
+        self._turned = padded((weight.shape[1], *size, batch), 0, images.dtype, geometry.turned())
+        self._kernels = self._turned.kernels(weight.flip(3, 4).transpose(1, 2))
+        self.pooling = self._turned.pooling_inside
         by_row = images.new_empty(clients, high, channels, wide, batch)
         self.whole, self._each = by_row.transpose(1, 2), by_row.flatten(3).unbind(0)
 
     def add(self, k: int, g: Tensor) -> None:
         """Of client k, from dL/dy [H', O, W', B]."""
-        if self.place is None or g.data_ptr() != self.place.data_ptr():
+        if self.pooling is None or g.data_ptr() != self.pooling.image.data_ptr():
             self._turned.fill(self._turned.parts(g.transpose(0, 1).unsqueeze(0))[0])
         self._turned.multiply(self._kernels[k], self._each[k])
 
@@ -161,7 +160,7 @@ class _OfInput:
 class _OfStridedInput:
     """The same for other strides and dilations: every window's own gradient is added up where the window was."""
 
-    place = None
+    pooling = None
 
     def __init__(self, images: Tensor, weight: Tensor, geometry: Geometry, size: Pair) -> None:
         self.whole = torch.empty_like(images)

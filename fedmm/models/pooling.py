@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fedmm.models.windows import scratch
+from fedmm.models.scratch import scratch
 
 
 class Pooling:

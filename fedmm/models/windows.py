@@ -9,16 +9,16 @@ that those of a matrix follow each other; with dilated rows, each row of the ker
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from math import prod
 
 import torch
 from torch import Tensor
 
-Pair = tuple[int, int]
+from fedmm.models.pooling import Pooling
+from fedmm.models.scratch import KEPT, scratch
 
-_KEPT = 2**21
-"""Bytes up to which a piece of memory stays allocated for the next step: what a processor's second cache holds."""
+Pair = tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -56,34 +56,23 @@ class Geometry:
         return (*self.stride, *self.dilation) == (1, 1, 1, 1)
 
 
-def scratch(role: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Memory for what a step needs at once and never again: the same for all of one role, thus in the cache."""
-    size = prod(shape)
-    if size * dtype.itemsize > _KEPT:
-        return torch.empty(shape, dtype=dtype)
-    return _scratch(role, dtype)[:size].view(shape)
-
-
-@lru_cache(maxsize=16)
-def _scratch(role: str, dtype: torch.dtype) -> Tensor:
-    return torch.empty(_KEPT // dtype.itemsize, dtype=dtype)
-
-
 class Padded:
     """One image at a time with its margin, which stays zero.
 
     Args:
         shape: [C, H, W, B] of the images.
+        outside: Channels O of the output; 0 if neither `product` nor `correlate` is used.
         dtype: Of the numbers.
         geometry: How the kernel moves.
 
     Attributes:
         size: Height and width of the output.
+        product: Scratch memory for it, [H', O, W', B].
         inside: Where the image is, [H, C, W, B]; None if it does not lie in one piece.
-        taps: Shape of a kernel's matrices, without outputs: [w, h C], or [w h, C] if rows are dilated.
+        taps: Shape of a kernel's matrices, transposed: [w, h C, O], or [w h, C, O] if rows are dilated.
     """
 
-    def __init__(self, shape: tuple[int, int, int, int], dtype: torch.dtype, geometry: Geometry) -> None:
+    def __init__(self, shape: tuple[int, int, int, int], outside: int, dtype: torch.dtype, geometry: Geometry) -> None:
         channels, high, wide, batch = shape
         (kh, kw), (down, right), (top, left), (gap, step) = (
             geometry.kernel,
@@ -92,6 +81,7 @@ class Padded:
             geometry.dilation,
         )
         self.size = geometry.size((high, wide))
+        self.product = scratch("product", (self.size[0], outside, self.size[1], batch), dtype)
         each = -(-(wide + 2 * left) // right)
         image = torch.zeros(high + 2 * top, channels, right, each, batch, dtype=dtype)
         rows, of_rows = overlap(-top, 1, len(image), high)
@@ -110,7 +100,19 @@ class Padded:
             for j in range(kw)
             for i in range(1 if gap == 1 else kh)
         ]
-        self.taps = len(self._windows), self._windows[0].shape[1]
+        self.taps = len(self._windows), self._windows[0].shape[1], outside
+        self._by_row = scratch("by row", (self.taps[0], self.size[0], *self.taps[1:]), dtype)
+        self._each = self._by_row.unbind(0)
+
+    @cached_property
+    def pooling(self) -> Pooling:
+        """Of the product."""
+        return Pooling(self.product)
+
+    @cached_property
+    def pooling_inside(self) -> Pooling | None:
+        """Of the image, if it lies in one piece."""
+        return None if self.inside is None else Pooling(self.inside)
 
     def parts(self, images: Tensor) -> list[tuple[Tensor, ...]]:
         """What `fill` takes, for each of the images [K, C, H, W, B]."""
@@ -125,8 +127,8 @@ class Padded:
         """What `multiply` takes, for each of the clients' kernels [K, O, C, h, w]."""
         columns = weight.permute(4, 3, 0, 1, 2)  # [w, h, K, O, C]
         matrices = columns.permute(0, 2, 3, 1, 4).flatten(3) if self._gap == 1 else columns.flatten(0, 1)
-        each = matrices.contiguous().unsqueeze(2).expand(-1, -1, self.size[0], -1, -1)
-        return list(zip(*(matrix.unbind(0) for matrix in each.unbind(0)), strict=True))
+        each = matrices.contiguous().flatten(0, 1).unsqueeze(1).expand(-1, self.size[0], -1, -1).unbind(0)
+        return [each[k :: len(weight)] for k in range(len(weight))]
 
     def multiply(self, kernels: tuple[Tensor, ...], out: Tensor) -> None:
         """The image's products with a kernel, to [H', O, W' B]."""
@@ -137,20 +139,20 @@ class Padded:
 
     def correlate(self, product: Tensor, out: Tensor) -> None:
         """Sum over rows, columns and samples of window times product [H', W' B, O], to `taps`."""
-        by_row = scratch("by row", (out.shape[0], len(product), *out.shape[1:]), product.dtype)
-        for windows, into in zip(self._windows, by_row.unbind(0), strict=True):
+        for windows, into in zip(self._windows, self._each, strict=True):
             torch.bmm(windows, product, out=into)
-        torch.sum(by_row, 1, out=out)
+        torch.sum(self._by_row, 1, out=out)
 
 
 _kept = lru_cache(maxsize=64)(Padded)
 
 
-def padded(shape: tuple[int, ...], dtype: torch.dtype, geometry: Geometry) -> Padded:
+def padded(shape: tuple[int, ...], outside: int, dtype: torch.dtype, geometry: Geometry) -> Padded:
     """Memory for images [C, H, W, B] with margins, in turn: steps share the same few, zeros and all."""
     channels, high, wide, batch = shape
-    small = channels * high * wide * batch * dtype.itemsize <= _KEPT
-    return (_kept if small else Padded)((channels, high, wide, batch), dtype, geometry)
+    most = max(channels * high * wide, outside * prod(geometry.size((high, wide))))
+    kept = most * batch * dtype.itemsize <= KEPT
+    return (_kept if kept else Padded)((channels, high, wide, batch), outside, dtype, geometry)
 
 
 def overlap(offset: int, stride: int, windows: int, size: int) -> tuple[slice, slice]:
