@@ -29,9 +29,10 @@ class Pooling:
 
     def __init__(self, image: Tensor) -> None:
         high, wide = self.size = image.shape[0] // 2, image.shape[2] // 2
+        _, channels, _, batch = image.shape
         self.image = image
         self._rest = image[2 * high :], image[:, :, 2 * wide :]
-        windows = image[: 2 * high, :, : 2 * wide].view(high, 2, -1, wide, 2, image.shape[-1])
+        windows = image[: 2 * high, :, : 2 * wide].view(high, 2, channels, wide, 2, batch)
         self._left, self._right = windows.unbind(4)
         self._places = [*self._left.unbind(1), *self._right.unbind(1)]
         self._larger = scratch("larger", self._left.shape, image.dtype)

@@ -144,7 +144,7 @@ class Padded:
         torch.sum(self._by_row, 1, out=out)
 
 
-_kept = lru_cache(maxsize=64)(Padded)
+_kept = lru_cache(maxsize=64)(Padded)  # layers, their gradients and the widths of batches: some dozens
 
 
 def padded(shape: tuple[int, ...], outside: int, dtype: torch.dtype, geometry: Geometry) -> Padded:
