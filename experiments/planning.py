@@ -25,7 +25,7 @@ from clients.probe import Verdict, alike, first_samples
 from clients.workspace import Workspace, workspace
 from experiments.rehearsal import Seconds, seconds_of, simulated_seconds
 from experiments.runner import absolute_root, check, choose_layout, data_laid_out, open_grid
-from experiments.volumes import Volumes, volumes
+from experiments.volumes import Volumes, in_buffer, volumes
 from fedmm.config.schema import Config
 from fedmm.data.federation import build_federation
 from fedmm.engines.costs import MemoryNeed, training_memory
@@ -225,7 +225,10 @@ def _run_table(found: Forecast) -> Table:
     config, sent = found.config, found.volumes
     table = _table("run", "", "")
     table.add_row("rounds", str(config.train.rounds))
-    table.add_row("clients a round", f"{config.train.clients_per_round} of {config.scenario.clients}")
+    if (size := in_buffer(config)) is not None:
+        table.add_row("replies a version", f"{size} of {config.scenario.clients} clients")
+    else:
+        table.add_row("clients a round", f"{config.train.clients_per_round} of {config.scenario.clients}")
     table.add_row("parameters", f"{sum(found.parameters.values()):,}")
     table.add_row("layout", found.layout.line())
     for size, seconds in found.layout.seconds.items():

@@ -20,7 +20,7 @@ from flwr.serverapp import Grid
 from clients.probe import Verdict, alike, first_samples, step_seconds
 from clients.workspace import Workspace
 from experiments.runner import first_broadcast
-from experiments.volumes import Volumes
+from experiments.volumes import Volumes, in_buffer
 from fedmm.config.schema import Config
 from fedmm.data.federation import Federation
 from fedmm.engines.clock import Work, task_seconds
@@ -152,6 +152,9 @@ class _Timing:
         self._plan, self._here, self._layout = prepared, here, layout
         self._grid, self._folder = grid, folder
         self._config = prepared.config
+        # As many clients as make a version; of those who come in twice, one stands for both.
+        replies = in_buffer(prepared.config) or prepared.config.train.clients_per_round
+        self._count = min(replies, prepared.config.scenario.clients)
         self._kinds = prepared.objective.knowledge() | prepared.selector.knowledge() | prepared.strategy.needs
         self._bootstraps = any(KNOWLEDGE[kind].bootstrap for kind in self._kinds)
 
@@ -192,9 +195,9 @@ class _Timing:
         look = _sample_seconds(here)
         statistics = look * pool.sizes if any(KNOWLEDGE[kind].requests for kind in self._kinds) else 0 * pool.sizes
         epoch = step * -(-pool.sizes // t.batch_size) if sample is None else sample * pool.sizes
-        jobs = -(-t.clients_per_round // self._layout.cohort)
+        jobs = -(-self._count // self._layout.cohort)
         together = 1 if config.engine.name == "inproc" else min(config.engine.workers, os.cpu_count() or 1, jobs)
-        round = t.clients_per_round * float(np.mean(t.local_epochs * epoch + statistics)) / together
+        round = self._count * float(np.mean(t.local_epochs * epoch + statistics)) / together
         bootstrap = float(np.sum(epoch + statistics)) / together
         looks = {split: look * float(here.pool(split).sizes.sum()) / together for split in SPLITS}
         final = looks["val"] + looks["test"] + (looks["train"] if config.evaluate.probe else 0.0)
@@ -220,7 +223,7 @@ class _Timing:
         c = self._config
         config = c.model_copy(
             update={
-                "train": c.train.model_copy(update={"rounds": rounds}),
+                "train": c.train.model_copy(update={"rounds": rounds, "clients_per_round": self._count}),
                 "evaluate": c.evaluate.model_copy(update={"every": 1}),
                 "observe": c.observe.model_copy(update={"every": c.observe.every and 1}),
                 "faults": [],
@@ -286,12 +289,14 @@ def simulated_seconds(prepared: Plan, federation: Federation, sent: Volumes) -> 
     """
     config = prepared.config
     assert config.devices is not None
-    count, t = config.train.clients_per_round, config.train
+    count, t, size = config.train.clients_per_round, config.train, in_buffer(config)
     down, up = sent.message
     times = []
     for k, profile in enumerate(build_fleet(config.devices, len(federation), config.seed)):
         flops = training_flops(prepared.model, prepared.dataset.specs, federation.modalities(k, "train"))
         work = Work(len(federation.indices["train"][k]), profile.local_epochs or t.local_epochs, flops, down, up)
         times.append(task_seconds(profile, work))
+    if size is not None:  # so many train at any time
+        return t.rounds * size * float(np.mean(times)) / config.devices.buffer.concurrency
     ways = comb(len(times), count)
     return t.rounds * sum(s * (comb(j, count - 1) / ways) for j, s in enumerate(sorted(times)))

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 
 import torch
 
 from fedmm import seeding
+from fedmm.config.schema import Config
 from fedmm.data.federation import Federation
 from fedmm.metrics.fields import Fields, Sizes, evaluation_fields, statistics_fields
 from fedmm.metrics.imbalance import observe_fields
@@ -79,6 +80,12 @@ class _Bounds:
             self.most[i] += most[i]
 
 
+def in_buffer(config: Config) -> int | None:
+    """Replies that make a version of the model in buffered mode; None: rounds are synchronous."""
+    devices = config.devices
+    return devices.buffer.size if devices is not None and devices.mode == "buffered" else None
+
+
 def volumes(prepared: Plan, federation: Federation) -> Volumes:
     """Count the bytes of a run in which every client answers at once."""
     ledger, bounds = _Ledger(prepared, federation), _Bounds()
@@ -105,6 +112,9 @@ def volumes(prepared: Plan, federation: Federation) -> Volumes:
         rounds.append(traffic)
         ledger.learn(picks)
     least, most = (bounds.least[0], bounds.least[1]), (bounds.most[0], bounds.most[1])
+    if prepared.narrow:  # nobody is sent less than if all held the narrowest model
+        narrowest = prepared.narrow_model(min(prepared.narrow))
+        least = volumes(replace(prepared, model=narrowest, narrow={}), federation).least
     message = sum(trained.down.values()) // asked, sum(trained.up.values()) // asked
     words = ledger.words()
     exact = least == most and not words
@@ -130,8 +140,9 @@ class _Ledger:
         self._personal = partial(strategy.personal, state) if strategy.records else None
         model = prepared.config.model
         self._sizes = Sizes(len(prepared.dataset.classes), model.features, model.unimodal_heads)
-        self._by_seed = not prepared.selector.knowledge()
-        self._everybody = prepared.config.train.clients_per_round >= len(self.candidates)
+        self._buffered = in_buffer(prepared.config) is not None
+        self._by_seed = not prepared.selector.knowledge() and not self._buffered
+        self._everybody = prepared.config.train.clients_per_round >= len(self.candidates) and not self._buffered
         self._alike = len({owned[k] for k in self.candidates}) == 1
         self._asked_losses = False
         self._measured: dict[str, Traffic] = {}
@@ -209,7 +220,10 @@ class _Ledger:
     def select(self, round: int) -> tuple[list[Pick], Traffic]:
         """A round's picks, and what asking for losses costs; random ones where what was learned decides."""
         config, asked = self.plan.config, Traffic()
-        count = config.train.clients_per_round
+        count = in_buffer(config) or config.train.clients_per_round
+        if self._buffered:  # where a client may come in twice
+            rng = seeding.numpy_rng(config.seed, "selection", round)
+            return [self.whole(int(k)) for k in rng.choice(self.candidates, count)], asked
         # Of clients that are all alike, or all picked, a selector that asks for nothing changes no byte.
         if (self._alike or self._everybody) and (not self._by_seed or (round > 1 and not self._asked_losses)):
             return [self.whole(k) for k in self.candidates[:count]], asked
@@ -244,14 +258,18 @@ class _Ledger:
             fixed: What else the round sends.
             split: Whether a client may be made to train one of several modalities.
         """
-        known = len(picks) == len(self.candidates) or (self._by_seed and not self._asked_losses)
+        everybody = len(picks) == len(self.candidates) and not self._buffered
+        known = everybody or (self._by_seed and not self._asked_losses)
         among = [p.client for p in picks] if known else self.candidates
         costs = [self._extremes(self.federates.owned[k], split) for k in among]
         sums = [sum(fixed.down.values()), sum(fixed.up.values())]
         least, most = list(sums), list(sums)
         for i in range(2):
-            least[i] += sum(sorted(low[i] for low, _ in costs)[: len(picks)])
-            most[i] += sum(sorted((high[i] for _, high in costs), reverse=True)[: len(picks)])
+            lowest, highest = sorted(low[i] for low, _ in costs), sorted((high[i] for _, high in costs), reverse=True)
+            if self._buffered:
+                lowest, highest = lowest[:1] * len(picks), highest[:1] * len(picks)
+            least[i] += sum(lowest[: len(picks)])
+            most[i] += sum(highest[: len(picks)])
         bounds.add(least, most)
 
     def _extremes(self, owned: tuple[str, ...], split: bool) -> tuple[tuple[int, int], tuple[int, int]]:
@@ -285,7 +303,7 @@ class _Ledger:
         selector = self.plan.selector
         if isinstance(selector, CMSFed):
             return math.isfinite(selector.theta)
-        return not self._by_seed and not isinstance(selector, DivFL)
+        return bool(selector.knowledge()) and not isinstance(selector, DivFL)
 
     # -- measuring --------------------------------------------------------------------------------------------------
 
@@ -350,8 +368,9 @@ class _Ledger:
         found, config = [], self.plan.config
         random = not (self._alike or self._everybody) and (not self._by_seed or self._asked_losses)
         if random:
+            decides = "the queue of devices" if self._buffered else "what is learned"
             found.append(
-                "clients own different modalities and what is learned decides who trains: counted for a random pick"
+                f"clients own different modalities and {decides} decides who trains: counted for a random pick"
             )
         if self.may_split and any(len(o) > 1 for o in self.federates.owned):
             found.append("exact if no client trains its weak modality alone; each one that does sends fewer blocks")
@@ -361,7 +380,9 @@ class _Ledger:
             found.append("which of its modalities a client sends is its own choice: counted by the mean of all choices")
         if config.faults:
             found.append("planned faults, and what is asked again because of them, are not counted")
-        if config.devices is not None:
+        if self.plan.narrow:
+            found.append("devices that hold a part of the model are counted as if they held all of it")
+        if config.devices is not None and not self._buffered:
             found.append("every device answers: drop-outs, over-selection and late replies are not counted")
         return found
 

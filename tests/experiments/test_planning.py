@@ -93,6 +93,22 @@ def test_bytes_are_those_of_the_run(tmp_path, overrides):
     assert by_round(found) == blocks
 
 
+BUFFERED = "devices={classes: {phone: 0.6, tablet: 0.4}, mode: buffered, buffer: {size: 2, concurrency: 4}}"
+
+
+def test_a_buffer_counts_its_own_replies(tmp_path):
+    """Drop-outs change nothing: a version is made when the buffer is full."""
+    settings = config("method=fedavg", BUFFERED)
+    found = counted(settings)
+    totals, blocks = metered(settings, tmp_path)
+    assert found.exact
+    assert (sum(found.run.down.values()), sum(found.run.up.values())) == totals == found.least == found.most
+    assert by_round(found) == blocks
+    record = forecast(settings).record()
+    simulated = json.loads((tmp_path / "summary.json").read_text())["simulated_seconds"]
+    assert abs(np.log(record["seconds"]["devices"] / simulated)) < np.log(3)
+
+
 @pytest.mark.parametrize(
     ("overrides", "word"),
     [
@@ -103,6 +119,8 @@ def test_bytes_are_those_of_the_run(tmp_path, overrides):
         (["method=mfedmc"], "own choice"),
         (["method=mfedmc", "data.params.modalities=3", "objective.gamma=2", HALF], "own choice"),
         (["method=remix"], "batches of all its modalities"),
+        ([BUFFERED, HALF], "the queue of devices decides"),
+        (["model.width=16", "devices={classes: {small: {like: gateway, width: 0.5}}}"], "a part of the model"),
     ],
 )
 def test_what_the_run_decides_is_bounded_and_said(tmp_path, overrides, word):
