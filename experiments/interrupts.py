@@ -111,12 +111,15 @@ def _sweep(parent: int, directory: str) -> NoReturn:
             os.close(stream)
         while os.getppid() == parent:
             time.sleep(0.01)
-        for entry in os.scandir("/proc") if os.path.isdir("/proc/self") else ():
-            with suppress(OSError, ValueError):
-                with open(f"/proc/{entry.name}/cmdline") as command:
-                    ours = directory in command.read()
-                if ours:
-                    os.kill(int(entry.name), signal.SIGKILL)
+        # A process that was being started shows its own command a little later.
+        for _ in range(20):
+            for entry in os.scandir("/proc") if os.path.isdir("/proc/self") else ():
+                with suppress(OSError, ValueError):
+                    with open(f"/proc/{entry.name}/cmdline") as command:
+                        ours = directory in command.read()
+                    if ours:
+                        os.kill(int(entry.name), signal.SIGKILL)
+            time.sleep(0.1)
         shutil.rmtree(directory, ignore_errors=True)
     os._exit(0)
 

@@ -102,6 +102,7 @@ class _Keeper(threading.Thread):
 class _Instance:
     users: int = 0
     keeper: _Keeper | None = None
+    directory: str | None = None  # until it is removed, which is after the keeper is given up
     abandoned: bool = False
 
 
@@ -122,6 +123,7 @@ def begin(workers: int, modules: Sequence[str] = ()) -> None:
     # Here too, or it warns of a change to come.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     _instance.keeper = _Keeper(workers, modules)
+    _instance.directory = _instance.keeper.directory
     atexit.register(_stop)
     _instance.keeper.start()
 
@@ -203,8 +205,8 @@ def check() -> None:
 
 
 def private_directory() -> str | None:
-    """Where an instance that we started keeps its files; None: there is none."""
-    return None if _instance.keeper is None else _instance.keeper.directory
+    """Where an instance that we started keeps its files, also while it is being stopped; None: there are none."""
+    return _instance.directory
 
 
 def abandoned() -> bool:
@@ -243,6 +245,7 @@ def _clear(keeper: _Keeper) -> None:
     stdout_deduplicator.skip_re = SKIPPED_BEFORE
     keeper.over.set()
     shutil.rmtree(keeper.directory, ignore_errors=True)
+    _instance.directory = None
 
 
 def free_ports(count: int) -> list[int]:

@@ -101,6 +101,22 @@ def living(session):
     return found
 
 
+def ray_files(process, seconds=5):
+    """What is left, after a while, of the files of the Ray that a process has started."""
+
+    def there():
+        found = []
+        for home in Path("/tmp").glob("fedmm-ray-*"):
+            with suppress(FileNotFoundError):  # another one, which is just being removed
+                found += home.glob(f"session_*_{process.pid}")
+        return found
+
+    limit = time.monotonic() + seconds
+    while there() and time.monotonic() < limit:
+        time.sleep(0.1)
+    return there()
+
+
 def left(session, seconds=30):
     """What is still alive of a session after a while."""
     limit = time.monotonic() + seconds

@@ -6,7 +6,7 @@ import signal
 import time
 
 import pytest
-from drill import checkpoint, finish, left, living, mapped, result, settings, start, undisturbed, wait_for
+from drill import checkpoint, finish, left, living, mapped, ray_files, result, settings, start, undisturbed, wait_for
 
 ROUNDS = 30
 SLOW = pytest.mark.slow
@@ -79,6 +79,7 @@ def test_interrupted(tmp_path, engine, moment, group):
     (message,) = [line for line in errors.splitlines() if line.startswith("fedmm: ")]
     assert "interrupted" in message
     assert left(process.pid, 3) == {}
+    assert ray_files(process) == []
     if list((out / "checkpoints").glob("*.json")) or moment == "in_a_round":
         finish(start(config, out, "--resume"))
         undisturbed(tmp_path / "undisturbed", config)
@@ -101,6 +102,7 @@ def test_interrupted_at_random_and_twice(tmp_path, seed):
     finish(process, 6)
     assert time.monotonic() - began < 5
     assert left(process.pid, 3) == {}
+    assert ray_files(process) == []
 
 
 def test_a_batch_systems_signal_is_the_same(tmp_path):
