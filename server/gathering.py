@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 
 from fedmm.config.schema import TrainConfig
-from fedmm.engines.costs import TRAINING_FACTOR, training_flops
+from fedmm.engines.costs import multiplications
 from fedmm.metrics.fields import Sizes, statistics_fields
 from fedmm.models import blocks_of
 from fedmm.models.blocks import block_of, serves
@@ -54,8 +54,7 @@ class _Sizes(dict[tuple[str, ...], Size]):
     def __missing__(self, modalities: tuple[str, ...]) -> Size:
         model = self._plan.model
         numbers = sum(t.numel() for n, t in model.state_dict().items() if serves(n, modalities))
-        flops = training_flops(model, self._plan.dataset.specs, modalities)
-        self[modalities] = Size(numbers, flops // (2 * TRAINING_FACTOR))
+        self[modalities] = Size(numbers, multiplications(model, self._plan.dataset.specs, modalities))
         return self[modalities]
 
 

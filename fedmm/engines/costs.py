@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -60,6 +61,32 @@ def training_flops(model: MultimodalModel, specs: Mapping[str, ModalitySpec], mo
     with _evaluating(model), torch.no_grad(), counter:
         model(*_sample(model, specs, modalities))
     return TRAINING_FACTOR * counter.get_total_flops()
+
+
+def multiplications(model: MultimodalModel, specs: Mapping[str, ModalitySpec], modalities: Sequence[str]) -> int:
+    """Multiplications of linear layers and convolutions in the forward pass of one sample.
+
+    Products elsewhere are left out: `training_flops` has them, whose counter takes a second to load.
+
+    Args:
+        model: As it is trained.
+        specs: Modality -> spec.
+        modalities: Those that are trained.
+    """
+    found = [0]
+
+    def count(layer: nn.Module, _: Any, output: Tensor) -> None:
+        found[0] += output.numel() * cast(Tensor, layer.weight)[0].numel()
+
+    layers = [m for m in model.modules() if isinstance(m, nn.Linear | nn.Conv2d)]
+    hooks = [layer.register_forward_hook(count) for layer in layers]
+    try:
+        with _evaluating(model), torch.no_grad():
+            model(*_sample(model, specs, modalities))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found[0]
 
 
 def training_memory(

@@ -10,7 +10,7 @@ from torch import nn
 from fedmm.config.devices import DevicesConfig
 from fedmm.config.load import config_hash, dump_config, load_config
 from fedmm.config.schema import Config, ModelConfig
-from fedmm.engines.costs import training_flops, training_memory
+from fedmm.engines.costs import multiplications, training_flops, training_memory
 from fedmm.engines.devices import PRESETS, Availability, DeviceProfile, build_fleet, refuse_too_small
 from fedmm.errors import ConfigError
 from fedmm.models import build_model
@@ -228,6 +228,8 @@ def test_operations_of_linear_and_convolutional_layers_by_hand():
     head = 2 * 12 * 5
     assert training_flops(model, SPECS, ("audio", "image")) == 3 * (audio + image + head)
     assert training_flops(model, SPECS, ("audio",)) == 3 * (audio + head)
+    assert multiplications(model, SPECS, ("audio", "image")) == (audio + image + head) / 2
+    assert multiplications(model, SPECS, ("audio",)) == (audio + head) / 2
 
 
 def test_memory_of_a_small_network_by_hand():
@@ -255,7 +257,9 @@ def test_measuring_leaves_the_model_as_it_was():
     before = {n: t.clone() for n, t in model.state_dict().items()}
     training_flops(model, SPECS, ("image",))
     training_memory(model, SPECS, ("image",), 4)
+    multiplications(model, SPECS, ("image",))
     assert model.training
+    assert not any(m._forward_hooks for m in model.modules())
     assert all(m.training for m in model.modules() if isinstance(m, nn.BatchNorm2d))
     assert all((t == before[n]).all() for n, t in model.state_dict().items())
     assert all(p.grad is None for p in model.parameters())
