@@ -104,6 +104,18 @@ def test_light_commands_do_not_load_heavy_libraries():
     assert done.stdout.strip() == "[]", done.stderr
 
 
+def test_a_run_loads_no_compiler(tmp_path):
+    """PyTorch's compiler, and what it brings along, takes a second of a run's start."""
+    code = (
+        "import sys\nfrom typer.testing import CliRunner\nfrom experiments.cli import app\n"
+        "result = CliRunner().invoke(app, ['run', *sys.argv[1:]])\n"
+        "print(result.exit_code, sorted({'sympy', 'torch._inductor', 'torch._dynamo'} & set(sys.modules)))"
+    )
+    command = [sys.executable, "-c", code, *TINY, "--out", str(tmp_path / "run")]
+    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True)
+    assert done.stdout.strip().endswith("0 []"), done.stdout + done.stderr
+
+
 @pytest.mark.parametrize("kind", TABLES)
 def test_list_of_one_kind_describes_each_entry(kind):
     result = invoke("list", kind)
