@@ -223,7 +223,6 @@ def _train(
             active = int(plan.active[step])
             mine = {n: t[:active] for n, t in state.items()}
             optimiser.narrow(active)
-            ones = torch.ones(active, dtype=dtype, device=device)
         if renew is not None and (begun := np.flatnonzero(step % plan.epoch_steps[:active] == 0)).size and step:
             which = torch.as_tensor(begun, device=device)
             optimiser.show(which)
@@ -245,7 +244,8 @@ def _train(
                         gradients = objective.combine(each, parameters, seen)
                 else:
                     loss, parts = losses[part], len(losses)
-                    found = torch.autograd.grad(loss, list(parameters.values()), ones, allow_unused=True)
+                    # Of the sum: each client's loss has its own weights.
+                    found = torch.autograd.grad(loss.sum(), list(parameters.values()), allow_unused=True)
                     gradients = {n: g for n, g in zip(parameters, found, strict=True) if g is not None}
                 if noisy:
                     seen |= _noise(stack, objective, parameters, generators[:active])
