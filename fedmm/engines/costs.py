@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, cast
@@ -14,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fedmm.engines.devices import Precision
 from fedmm.models.blocks import serves
-from fedmm.models.multimodal import MultimodalModel
+from fedmm.models.multimodal import MultimodalModel, evaluating
 from fedmm.types import ModalitySpec, Tensors
 
 TRAINING_FACTOR = 3
@@ -58,7 +57,7 @@ def training_flops(model: MultimodalModel, specs: Mapping[str, ModalitySpec], mo
         modalities: Those that are trained.
     """
     counter = FlopCounterMode(display=False)
-    with _evaluating(model), torch.no_grad(), counter:
+    with evaluating(model), torch.no_grad(), counter:
         model(*_sample(model, specs, modalities))
     return TRAINING_FACTOR * counter.get_total_flops()
 
@@ -81,7 +80,7 @@ def multiplications(model: MultimodalModel, specs: Mapping[str, ModalitySpec], m
     layers = [m for m in model.modules() if isinstance(m, nn.Linear | nn.Conv2d)]
     hooks = [layer.register_forward_hook(count) for layer in layers]
     try:
-        with _evaluating(model), torch.no_grad():
+        with evaluating(model), torch.no_grad():
             model(*_sample(model, specs, modalities))
     finally:
         for hook in hooks:
@@ -119,7 +118,7 @@ def training_memory(
         kept.setdefault(tensor.untyped_storage().data_ptr(), tensor)
         return tensor
 
-    with _evaluating(model), torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+    with evaluating(model), torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
         output = model(*_sample(model, specs, modalities))
     for tensor in model.state_dict().values():
         kept.pop(tensor.untyped_storage().data_ptr(), None)
@@ -147,14 +146,3 @@ def _sample(
     names, one = [m for m in specs if m in modalities], next(model.parameters())
     x = {m: torch.zeros(1, *specs[m].shape, device=one.device, dtype=one.dtype) for m in names}
     return x, {m: torch.ones(1, dtype=torch.bool, device=one.device) for m in names}
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode for a while: one sample has no batch statistics, and none may be recorded."""
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)

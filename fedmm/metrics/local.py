@@ -6,7 +6,6 @@ All functions run the model in evaluation mode without gradients and leave its m
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import cast
@@ -16,7 +15,7 @@ from torch import Tensor
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from fedmm.models.multimodal import MultimodalModel
+from fedmm.models.multimodal import MultimodalModel, evaluating
 from fedmm.types import ClientData, Outputs, Tensors
 
 _CHUNK = 512
@@ -32,23 +31,12 @@ _WORTH = 24
 """Samples of a client that are worth a chunk of their own; a stack's longer ones are in two at least."""
 
 
-@contextmanager
-def _evaluating(model: MultimodalModel) -> Iterator[None]:
-    training = model.training
-    # A stack's twin has no other mode; setting it goes through every module.
-    if training:
-        model.eval()
-    yield
-    if training:
-        model.train()
-
-
 @torch.no_grad()
 def predict(model: MultimodalModel, data: ClientData) -> Outputs:
     """Outputs for all N samples of a client, or of each client of a stack, in chunks (evaluation mode)."""
     axis = data.y.dim() - 1
     parts = []
-    with _evaluating(model):
+    with evaluating(model):
         for start in range(0, max(len(data), 1), _CHUNK):
             size = min(_CHUNK, len(data) - start)
             x = {m: t.narrow(axis, start, size) for m, t in data.x.items()}
@@ -99,7 +87,7 @@ def _encoded(model: MultimodalModel, data: ClientData) -> list[_Encoded]:
     masked = [m for m in data.modalities if not torch.equal(data.present[m], real)]
     classes = torch.arange(data.classes, device=data.y.device).unsqueeze(-1)
     found = list[_Encoded]()
-    with _evaluating(model):
+    with evaluating(model):
         for some, rows in _chunks(data):
             at, features = (*some, rows), list[Tensor]()
             for m in data.modalities:

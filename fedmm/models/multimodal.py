@@ -9,6 +9,8 @@ place of the linear own heads, and then head.joint is the last layer that they s
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import cast
 
 import torch
@@ -141,6 +143,20 @@ class MultimodalModel(nn.Module):
             parts = {m: z + (1 - mask[m]) * stand_in for m, z in parts.items()}
             mask = dict.fromkeys(mask, stand_in.new_ones(1))
         return cast(Tensor, self.fusion(parts, mask))
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode for a while: measuring must neither use nor record the statistics of a batch."""
+    training = model.training
+    # Setting a mode goes through every module, and a stack's twin has no other.
+    if training:
+        model.eval()
+    try:
+        yield
+    finally:
+        if training:
+            model.train()
 
 
 def build_model(specs: dict[str, ModalitySpec], classes: int, config: ModelConfig, seed: int) -> MultimodalModel:
