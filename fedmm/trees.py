@@ -17,6 +17,9 @@ from fedmm.types import Tensors
 _COLUMNS = 2**12
 """Numbers of a client that are added up at a time, in a buffer that stays in the processor's cache."""
 
+_ON_CARD = 2**23
+"""Numbers of all clients that are added up at a time on other devices, where calls are what takes time."""
+
 _LEAF = 8
 _HELD = 2**22
 """Most places of a leaf, and most numbers that whoever adds it up may have to hold for it."""
@@ -66,11 +69,24 @@ def run_sum(terms: Mapping[str, Held], weights: Tensor, leaf: int) -> Tensors:
     span, sizes = len(weights), {n: held[0][1][0].numel() for n, held in terms.items()}
     if span == 1:
         return {n: rows[0].to(torch.float64) * weights[0] for n, ((_, rows),) in terms.items()}
-    leaves = weights.new_zeros(span // leaf, leaf, _COLUMNS)
+    width = _COLUMNS if weights.device.type == "cpu" else max(_COLUMNS, _ON_CARD // span)
+    leaves, nodes = weights.new_zeros(span // leaf, leaf, width), weights.new_empty(span // leaf, 1, width)
     columns, factors = leaves.flatten(0, 1), weights.view(-1, 1, leaf)
+    sums = weights.new_empty(-(-sum(sizes.values()) // width), width)
+    root, *_ = level = nodes.squeeze(1).unbind(0)
+    pairs, chunks = list[tuple[Tensor, Tensor]](), sums.unbind(0)
+    while len(level) > 1:
+        pairs += zip(level[0::2], level[1::2], strict=True)
+        level = level[0::2]
+
+    def add_up(chunk: int) -> None:
+        torch.bmm(factors, leaves, out=nodes)
+        for left, right in pairs:
+            left.add_(right)
+        chunks[chunk].copy_(root)
+
     # In the order of memory, whatever the order of axes: a stack's weights are transposed views.
     axes = {n: _axes(held[0][1]) for n, held in terms.items()}
-    nodes = weights.new_empty(-(-sum(sizes.values()) // _COLUMNS), span // leaf, 1, _COLUMNS)
     done, written = 0, set[int]()
     for n, held in terms.items():
         flat = [(_places(which), rows.permute(0, *axes[n]).reshape(len(which), -1)) for which, rows in held]
@@ -78,8 +94,8 @@ def run_sum(terms: Mapping[str, Held], weights: Tensor, leaf: int) -> Tensors:
         empty, written = sorted(written - there), written | there
         at = 0
         while at < sizes[n]:
-            first = done % _COLUMNS
-            count = min(sizes[n] - at, _COLUMNS - first)
+            first = done % width
+            count = min(sizes[n] - at, width - first)
             part = columns[:, first : first + count]
             if empty:
                 part[empty] = 0.0
@@ -89,13 +105,12 @@ def run_sum(terms: Mapping[str, Held], weights: Tensor, leaf: int) -> Tensors:
                 else:
                     part.index_copy_(0, which.to(part.device), rows[:, at : at + count].to(part.dtype))
             at, done = at + count, done + count
-            if done % _COLUMNS == 0:
-                torch.bmm(factors, leaves, out=nodes[done // _COLUMNS - 1])
-    if done % _COLUMNS:
-        torch.bmm(factors, leaves, out=nodes[-1])
-    sums = tree_sum_stack(nodes.squeeze(2).transpose(0, 1)).flatten()
+            if done % width == 0:
+                add_up(done // width - 1)
+    if done % width:
+        add_up(done // width)
     found: Tensors = {}
-    for (n, held), total in zip(terms.items(), torch.split(sums[:done], list(sizes.values())), strict=True):
+    for (n, held), total in zip(terms.items(), torch.split(sums.flatten()[:done], list(sizes.values())), strict=True):
         shape = held[0][1].shape
         back = sorted(range(len(axes[n])), key=axes[n].__getitem__)
         found[n] = total.view([shape[a] for a in axes[n]]).permute(back)
