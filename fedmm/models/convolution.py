@@ -3,7 +3,7 @@
 oneDNN's kernels vectorise over channels and want many of them; small networks have eight. Here the samples are
 innermost, and products run over W' B. For each output row r of the image and column j of the kernel:
 
-    y_r = b + sum over j of W_j U_rj,   U_rj as [h I, W' B] in place (`fedmm.models.windows`)
+    y_r = b + sum over j of W_j U_rj,   U_rj as [h I, W' B] in place, or one for all j (`fedmm.models.windows`)
     dL/dW_j = sum over r of U_rj dL/dy_r^T
     dL/dx: with stride 1 the same product of dL/dy with the kernel turned round; else W^T dL/dy_r is added up in place
 
@@ -96,7 +96,7 @@ class _Convolution(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of input, weight and bias."""
         x, weight, places, y = ctx.saved_tensors
-        images, geometry, (clients, outside, inside, *kernel) = x.movedim(1, -1), ctx.geometry, weight.shape
+        images, geometry, (clients, outside) = x.movedim(1, -1), ctx.geometry, weight.shape[:2]
         image = padded(images.shape[1:], outside, x.dtype, geometry)
         of_x = None
         if ctx.needs_input_grad[0]:
@@ -112,7 +112,7 @@ class _Convolution(torch.autograd.Function):
             pooling.clear()
             of_products = pooling.image.expand(clients, *pooling.image.shape)
         of_weight, of_bias = weight.new_empty(clients, *image.taps), weight.new_empty(clients, outside)
-        each, by_row = of_products.unbind(0), of_products.flatten(3).transpose(2, 3).unbind(0)
+        each, by_row = of_products.unbind(0), of_products.flatten(3).unbind(0)
         for k, (parts, g) in enumerate(zip(image.parts(images), given.unbind(0), strict=True)):
             if y is not None:
                 g = _threshold(g, outputs[k], 0, grad_input=alive)
@@ -126,7 +126,7 @@ class _Convolution(torch.autograd.Function):
                 of_x.add(k, each[k])
         return (
             None if of_x is None else of_x.whole.movedim(-1, 1),
-            of_weight.view(clients, *kernel[::-1], inside, outside).permute(0, 4, 3, 2, 1).contiguous(),
+            image.of_kernels(of_weight, weight.shape),
             of_bias if ctx.biased else None,
             None,
             None,

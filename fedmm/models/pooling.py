@@ -15,6 +15,9 @@ from torch import Tensor
 
 from fedmm.models.scratch import scratch
 
+_between = torch.ops.aten.hardtanh_backward.grad_input
+"""_between(g, p, low, high, grad_input=out): g where low < p < high, else 0."""
+
 
 class Pooling:
     """The windows of an image.
@@ -36,7 +39,6 @@ class Pooling:
         self._left, self._right = windows.unbind(4)
         self._places = [*self._left.unbind(1), *self._right.unbind(1)]
         self._larger = scratch("larger", self._left.shape, image.dtype)
-        self._mask = scratch("mask", self._places[0].shape, image.dtype)
         self._rows = *self._larger.unbind(1), *self._left.unbind(1)
 
     def forward(self, largest: Tensor, place: Tensor) -> None:
@@ -44,10 +46,10 @@ class Pooling:
         top, bottom, top_left, bottom_left = self._rows
         torch.maximum(self._left, self._right, out=self._larger)
         torch.maximum(top, bottom, out=largest)
-        torch.gt(bottom, top, out=self._mask)
-        torch.lerp(top_left, bottom_left, self._mask, out=place)
+        lower = torch.gt(bottom, top, out=top)
+        torch.lerp(top_left, bottom_left, lower, out=place)
         torch.gt(largest, place, out=place)
-        place.add_(self._mask, alpha=2)
+        place.add_(lower, alpha=2)
 
     def clear(self) -> None:
         """Zeros where no window is."""
@@ -56,6 +58,5 @@ class Pooling:
 
     def backward(self, gradient: Tensor, place: Tensor) -> None:
         """The image's gradient in its place."""
-        for into, number in zip(self._places, (0, 2, 1, 3), strict=True):
-            torch.eq(place, number, out=self._mask)
-            torch.mul(gradient, self._mask, out=into)
+        for into, i in zip(self._places, (0, 2, 1, 3), strict=True):
+            _between(gradient, place, i - 0.5, i + 0.5, grad_input=into)

@@ -1,6 +1,6 @@
 """Memory for what a step needs at once and never again, in the processor's cache.
 
-A process keeps `KEPT` bytes a role and type of numbers (six roles: 12 MiB), and in `fedmm.models.windows` at most 64
+A process keeps `KEPT` bytes a role and type of numbers (five roles: 10 MiB), and in `fedmm.models.windows` at most 64
 images of up to `KEPT` bytes with their margins. Whatever is larger is allocated when it is needed.
 """
 

@@ -1,16 +1,22 @@
-"""How a kernel moves over an image, and its windows without a copy.
+"""How a kernel moves over an image, and its windows.
 
-An image lies in memory with its margin as [H, C, W, B], samples innermost. Along an output row, what the kernel's
-column j meets, in all windows and samples, is then a matrix [h C, W' B] whose rows are evenly apart: im2col
-(Chellapilla et al., 2006) would copy each value h w times. With a stride of s the columns lie in s groups, w mod s, so
-that those of a matrix follow each other; with dilated rows, each row of the kernel has a matrix [C, W' B] of its own.
+An image lies in memory with its margin, samples innermost, as [H, C, W, B] or, once for each of the kernel's w columns,
+as [H, C, w, W', B]: copy j holds what column j meets in each window, whatever stride and dilation. Then along an output
+row all windows and samples are one matrix whose rows are evenly apart, without a further copy (im2col, Chellapilla et
+al., 2006, would copy each value h w times):
+
+    copies:   [h C w, W' B]
+    in place: [h C, W' B] for each column of the kernel, one sample further each
+
+Of one channel, products of h rows each would mostly write and read their sum, so there are copies; from two on, filling
+and reading them costs as much as it saves. They also serve all strides and dilations. With dilated rows, each row of
+the kernel has a matrix of its own.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from math import prod
 
 import torch
 from torch import Tensor
@@ -19,6 +25,9 @@ from fedmm.models.pooling import Pooling
 from fedmm.models.scratch import KEPT, scratch
 
 Pair = tuple[int, int]
+
+VECTOR = 16
+"""Numbers in a register (float32): fewer channels of the output are better a product's rows than its columns."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +65,11 @@ class Geometry:
         return (*self.stride, *self.dilation) == (1, 1, 1, 1)
 
 
+def columns_copied(channels: int, geometry: Geometry) -> bool:
+    """Whether an image lies there once for each of the kernel's columns."""
+    return channels == 1 or not geometry.dense
+
+
 class Padded:
     """One image at a time with its margin, which stays zero.
 
@@ -69,7 +83,7 @@ class Padded:
         size: Height and width of the output.
         product: Scratch memory for it, [H', O, W', B].
         inside: Where the image is, [H, C, W, B]; None if it does not lie in one piece.
-        taps: Shape of a kernel's matrices, transposed: [w, h C, O], or [w h, C, O] if rows are dilated.
+        taps: Shape of what `correlate` finds: [M, O, N], or [M, N, O], for M matrices of N rows.
     """
 
     def __init__(self, shape: tuple[int, int, int, int], outside: int, dtype: torch.dtype, geometry: Geometry) -> None:
@@ -82,26 +96,29 @@ class Padded:
         )
         self.size = geometry.size((high, wide))
         self.product = scratch("product", (self.size[0], outside, self.size[1], batch), dtype)
-        each = -(-(wide + 2 * left) // right)
-        image = torch.zeros(high + 2 * top, channels, right, each, batch, dtype=dtype)
-        rows, of_rows = overlap(-top, 1, len(image), high)
-        columns = [overlap(group - left, right, each, wide) for group in range(right)]
-        self._places = [image[rows, :, group, at].transpose(0, 1) for group, (at, _) in enumerate(columns)]
-        self._parts = [(slice(None), slice(None), of_rows, of) for _, of in columns]
-        self.inside = self._places[0].transpose(0, 1) if right == 1 and min(top, left) >= 0 else None
-        self._gap = gap
-        row, channel = image.stride()[:2]
+        copied = columns_copied(channels, geometry)
+        copies, each = (kw, self.size[1]) if copied else (1, wide + 2 * left)
+        image = torch.zeros(high + 2 * top, channels, copies, each, batch, dtype=dtype)
+        at_rows, rows = overlap(-top, 1, len(image), high)
+        columns = [overlap(j * step - left, right, each, wide) for j in range(copies)]
+        self._places = [image[at_rows, :, j, at].transpose(0, 1) for j, (at, _) in enumerate(columns)]
+        self._parts = [(slice(None), slice(None), rows, of) for _, of in columns]
+        self.inside = None if copied or min(top, left) < 0 else self._places[0].transpose(0, 1)
+        self._apart = 1 if gap == 1 else kh, kw // copies
+        row, _, column = image.stride()[:3]
         self._windows = [
             image.as_strided(
-                (self.size[0], channels * (kh if gap == 1 else 1), self.size[1] * batch),
-                (down * row, channel, 1),
-                i * gap * row + (j * step % right * each + j * step // right) * batch,
+                (self.size[0], kh // self._apart[0] * channels * copies, self.size[1] * batch),
+                (down * row, column, 1),
+                i * gap * row + j * batch,
             )
-            for j in range(kw)
-            for i in range(1 if gap == 1 else kh)
+            for i in range(self._apart[0])
+            for j in range(self._apart[1])
         ]
-        self.taps = len(self._windows), self._windows[0].shape[1], outside
-        self._by_row = scratch("by row", (self.taps[0], self.size[0], *self.taps[1:]), dtype)
+        self._turned = [windows.transpose(1, 2) for windows in self._windows] if outside < VECTOR else None
+        count, taps = len(self._windows), self._windows[0].shape[1]
+        self.taps = (count, taps, outside) if self._turned is None else (count, outside, taps)
+        self._by_row = scratch("by row", (count, self.size[0], *self.taps[1:]), dtype)
         self._each = self._by_row.unbind(0)
 
     @cached_property
@@ -125,10 +142,20 @@ class Padded:
 
     def kernels(self, weight: Tensor) -> list[tuple[Tensor, ...]]:
         """What `multiply` takes, for each of the clients' kernels [K, O, C, h, w]."""
-        columns = weight.permute(4, 3, 0, 1, 2)  # [w, h, K, O, C]
-        matrices = columns.permute(0, 2, 3, 1, 4).flatten(3) if self._gap == 1 else columns.flatten(0, 1)
-        each = matrices.contiguous().flatten(0, 1).unsqueeze(1).expand(-1, self.size[0], -1, -1).unbind(0)
+        *most, high, wide = weight.shape
+        rows, columns = self._apart
+        split = weight.view(*most, rows, high // rows, columns, wide // columns)
+        matrices = split.permute(3, 5, 0, 1, 4, 2, 6).flatten(4).flatten(0, 2).contiguous()
+        each = matrices.unsqueeze(1).expand(-1, self.size[0], -1, -1).unbind(0)
         return [each[k :: len(weight)] for k in range(len(weight))]
+
+    def of_kernels(self, found: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """The gradient, of a shape [K, O, C, h, w], from what `correlate` found for each client, [K, *taps]."""
+        clients, outside, channels, high, wide = shape
+        rows, columns = self._apart
+        matrices = found.transpose(2, 3) if self._turned is None else found
+        split = matrices.view(clients, rows, columns, outside, high // rows, channels, wide // columns)
+        return split.permute(0, 3, 5, 1, 4, 2, 6).flatten(5).flatten(3, 4).contiguous()
 
     def multiply(self, kernels: tuple[Tensor, ...], out: Tensor) -> None:
         """The image's products with a kernel, to [H', O, W' B]."""
@@ -138,9 +165,14 @@ class Padded:
             out.baddbmm_(kernel, windows)
 
     def correlate(self, product: Tensor, out: Tensor) -> None:
-        """Sum over rows, columns and samples of window times product [H', W' B, O], to `taps`."""
-        for windows, into in zip(self._windows, self._each, strict=True):
-            torch.bmm(windows, product, out=into)
+        """Sum over rows, columns and samples of window times product [H', O, W' B], to `taps`."""
+        if self._turned is None:
+            product = product.transpose(1, 2)
+            for windows, into in zip(self._windows, self._each, strict=True):
+                torch.bmm(windows, product, out=into)
+        else:
+            for windows, into in zip(self._turned, self._each, strict=True):
+                torch.bmm(product, windows, out=into)
         torch.sum(self._by_row, 1, out=out)
 
 
@@ -150,8 +182,9 @@ _kept = lru_cache(maxsize=64)(Padded)  # layers, their gradients and the widths 
 def padded(shape: tuple[int, ...], outside: int, dtype: torch.dtype, geometry: Geometry) -> Padded:
     """Memory for images [C, H, W, B] with margins, in turn: steps share the same few, zeros and all."""
     channels, high, wide, batch = shape
-    most = max(channels * high * wide, outside * prod(geometry.size((high, wide))))
-    kept = most * batch * dtype.itemsize <= KEPT
+    rows, columns = geometry.size((high, wide))
+    each = geometry.kernel[1] * columns if columns_copied(channels, geometry) else wide
+    kept = max(channels * high * each, outside * rows * columns) * batch * dtype.itemsize <= KEPT
     return (_kept if kept else Padded)((channels, high, wide, batch), outside, dtype, geometry)
 
 

@@ -23,6 +23,8 @@ GEOMETRIES = [
         [(1, 1), (2, 1), (1, 2)],
     )
 ]
+CHANNELS = [(2, 4), (1, 4), (2, 16), (1, 1)]
+"""Of input and output: images lie in memory otherwise for one, and products are turned for few."""
 SOME = [g for i, g in enumerate(GEOMETRIES) if i % 9 == 4] + [Geometry((3, 3), (1, 1), (1, 1), (1, 1))]
 
 
@@ -45,9 +47,11 @@ def assert_as(ours, reference, ours_of, given):
 
 
 @pytest.mark.parametrize("bias", [True, False])
-def test_convolution_of_each_client(bias):
-    for g in GEOMETRIES:
-        x, w, b = draw(CLIENTS, BATCH, 2, 9, 10), draw(CLIENTS, 4, 2, *g.kernel), draw(CLIENTS, 4) if bias else None
+@pytest.mark.parametrize(("inside", "outside"), CHANNELS)
+def test_convolution_of_each_client(inside, outside, bias):
+    for g in GEOMETRIES if bias else GEOMETRIES[::5]:
+        x, w = draw(CLIENTS, BATCH, inside, 9, 10), draw(CLIENTS, outside, inside, *g.kernel)
+        b = draw(CLIENTS, outside) if bias else None
         each = [
             F.conv2d(x[k], w[k], None if b is None else b[k], g.stride, g.padding, g.dilation) for k in range(CLIENTS)
         ]
@@ -63,9 +67,11 @@ def test_gradients_of_the_convolution(g):
 
 @pytest.mark.parametrize("pooled", [True, False])
 @pytest.mark.parametrize("rectified", [True, False])
-def test_convolution_with_what_follows(pooled, rectified):
+@pytest.mark.parametrize(("inside", "outside"), CHANNELS)
+def test_convolution_with_what_follows(inside, outside, pooled, rectified):
     for g, bias in itertools.product([*SOME, *GEOMETRIES[::7]], [True, False]):
-        x, w, b = draw(CLIENTS, BATCH, 2, 9, 11), draw(CLIENTS, 4, 2, *g.kernel), draw(CLIENTS, 4) if bias else None
+        x, w = draw(CLIENTS, BATCH, inside, 9, 11), draw(CLIENTS, outside, inside, *g.kernel)
+        b = draw(CLIENTS, outside) if bias else None
         each = []
         for k in range(CLIENTS):
             y = F.conv2d(x[k], w[k], None if b is None else b[k], g.stride, g.padding, g.dilation)
@@ -97,9 +103,25 @@ def test_a_window_with_nan_is_nan():
         assert convolve(x, torch.ones(1, 1, 1, 1, 1), None, g, pooled=True, rectified=True).isnan().all()
 
 
-def test_an_image_of_the_same_shape_finds_nothing_of_the_one_before():
+@pytest.mark.parametrize("value", [torch.inf, torch.nan])
+@pytest.mark.parametrize("rectified", [True, False])
+def test_a_gradient_that_is_not_finite_reaches_the_weights(value, rectified):
+    """Else a client that diverges would seem to learn."""
     g = Geometry((3, 3), (1, 1), (1, 1), (1, 1))
-    first, second, w = draw(1, 8, 2, 5, 5), draw(1, 8, 2, 5, 5), draw(1, 3, 2, 3, 3)
+    x, w, b = draw(CLIENTS, BATCH, 2, 8, 8), draw(CLIENTS, 4, 2, 3, 3), draw(CLIENTS, 4)
+    y = convolve(x, w, b, g, pooled=True, rectified=rectified)
+    alive = y[1, 2, 3].argmax()
+    given = torch.zeros_like(y)
+    given[1, 2, 3].view(-1)[alive] = value
+    for found in torch.autograd.grad(y, (x, w, b), given):
+        assert found[0].isfinite().all()
+        assert not found[1].isfinite().all()
+
+
+@pytest.mark.parametrize("inside", [1, 2])
+def test_an_image_of_the_same_shape_finds_nothing_of_the_one_before(inside):
+    g = Geometry((3, 3), (1, 1), (1, 1), (1, 1))
+    first, second, w = draw(1, 8, inside, 5, 5), draw(1, 8, inside, 5, 5), draw(1, 3, inside, 3, 3)
     before = convolve(second, w, None, g)
     convolve(first, w, None, g)
     assert torch.equal(convolve(second, w, None, g), before)
