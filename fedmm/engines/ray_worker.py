@@ -17,6 +17,7 @@ import ray
 import torch
 from ray import ObjectRef
 
+from fedmm.engines.lines import Line, Paths
 from fedmm.engines.memory import Memory, Packed, pack, unpack
 from fedmm.engines.work import attempt_job, load_callable
 
@@ -55,26 +56,47 @@ class Worker:
         self._common: tuple[int, Any] = (0, None)
         self._inbox: Memory | None = None
         self._memory: Memory | None = None
+        self._line: Line | None = None
         self._do: Callable[[Any, Any], Any]
 
-    def greet(self, app: str, path: list[str], crew: str | None = None, memories: tuple[str, str] | None = None) -> int:
+    def greet(
+        self, app: str, path: list[str], crew: str | None = None, link: tuple[str, str, Paths] | None = None
+    ) -> int:
         """Load the crew, or the app if there is none, with the driver's `sys.path`; return the process id.
 
         Args:
             app: Import path of the client app.
             path: The driver's `sys.path`.
             crew: Import path of the function that does jobs.
-            memories: Where to find the memory for what all workers get, and the one for what goes to and fro here.
+            link: Where to find the memory for what all workers get, and memory and line for what goes to and fro here.
         """
         sys.path[:] = [*path, *(entry for entry in sys.path if entry not in path)]
         self._path = app
-        if memories is not None:
-            self._inbox, self._memory = map(Memory, memories)
         if crew is None:
             self._app = load_callable(app, "client app")
         else:
             self._do = load_callable(crew, "crew")
+        if link is not None:
+            self._inbox, self._memory, self._line = Memory(link[0]), Memory(link[1]), Line.at(link[2])
+            self._line.send(None)
         return os.getpid()
+
+    def serve(self) -> None:
+        """Do the jobs that come over the line, until None comes."""
+        assert self._line is not None
+        try:
+            while (order := self._order()) is not None:
+                self._line.send(self.run_jobs(*order))
+        except BaseException:
+            # The driver sees the line's end, and asks Ray for the reason.
+            self._line.close()
+            raise
+
+    def _order(self) -> Any:
+        try:
+            return self._line.receive() if self._line else None
+        except EOFError:  # the driver has ended, and Ray will end us
+            return None
 
     def run_jobs(self, jobs: Packed, number: int, common: Packed) -> Packed:
         """Do jobs one by one; give back the index of each, the part that was done instead if it is one, and the result.

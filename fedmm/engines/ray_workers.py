@@ -2,7 +2,8 @@
 
 A reply is a pure function of (message, context), and a job's result of (job, what all share), so neither the number
 of workers nor the chunks they are handed can change a bit of it. What several messages share is put into Ray's object
-store once a round and is fetched once by each worker; arrays of jobs travel faster (`fedmm.engines.memory`).
+store once a round and is fetched once by each worker; jobs for workers on this machine travel faster
+(`fedmm.engines.lines`, `fedmm.engines.memory`).
 """
 
 from __future__ import annotations
@@ -13,42 +14,42 @@ import sys
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from multiprocessing import connection
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 import ray
 from flwr.app import ArrayRecord
-from flwr.common.constant import ErrorCode
 from ray import ObjectRef
-from ray.exceptions import OutOfMemoryError, RayActorError, RayTaskError, TaskCancelledError, WorkerCrashedError
+from ray.exceptions import (
+    GetTimeoutError,
+    OutOfMemoryError,
+    RayActorError,
+    RayTaskError,
+    TaskCancelledError,
+    WorkerCrashedError,
+)
 
 from fedmm.engines import ray_instance
-from fedmm.engines.grid import LocalGrid, Outcome, Record, RunConfig, Task, error_reply
+from fedmm.engines.chunks import DEATHS_BEFORE_ALONE, DEATHS_BEFORE_ERROR, Chunk, after_death, guided
+from fedmm.engines.grid import LocalGrid, Outcome, Record, RunConfig, Task
+from fedmm.engines.lines import Line
 from fedmm.engines.memory import Memory, new_memory, pack, unpack
 from fedmm.engines.processes import is_alive
+from fedmm.engines.ray_link import Link
 from fedmm.engines.ray_worker import Parcel, Worker
 from fedmm.engines.work import LostJob, parts_of
 from fedmm.errors import RunError
 
 CHUNKS_PER_WORKER = 4
 START_SECONDS = 35.0
-DEATHS_BEFORE_ALONE = 2
-DEATHS_BEFORE_ERROR = 4
 FAILED_STARTS = 5
 WATCH_SECONDS = 0.5
 CANNOT_START = f"is there memory for engine.workers? {ray_instance.INPROC}"
 
-DEATH = (RayActorError, OutOfMemoryError, TaskCancelledError, WorkerCrashedError)
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """Tasks, by their index, that one worker does in one call; `deaths` counts the workers that died of them."""
-
-    indices: tuple[int, ...]
-    deaths: int = 0
+DEATH = (RayActorError, OutOfMemoryError, TaskCancelledError, WorkerCrashedError, GetTimeoutError)
 
 
 class RayPool:
@@ -74,13 +75,13 @@ class RayPool:
         self._path = [str(Path(entry).resolve()) for entry in sys.path]
         self._idle: list[Any] = []
         self._greeted: dict[ObjectRef[Any], tuple[Any, float]] = {}
-        self._busy: dict[ObjectRef[Any], tuple[Any, Chunk]] = {}
+        self._busy: dict[ObjectRef[Any] | Link, tuple[Any, Chunk]] = {}
         self._failed_starts = 0
         self._death = ""
         self._hope = 0.0
         self._seen_alive: set[Any] = set()
         self._pids: dict[Any, int] = {}
-        self._memories: dict[Any, Memory] = {}
+        self._links: dict[Any, Link] = {}
         self._orders = 0
         self._opened = self._closed = False
         self.workers = workers
@@ -132,6 +133,8 @@ class RayPool:
             parcels, refs = self._pack(tasks)
 
         def submit(worker: Any, chunk: Chunk) -> ObjectRef[Any]:
+            if link := self._links.get(worker):
+                link.pause()
             mine = [parcels[i] for i in chunk.indices]
             keys = {r for parcel in mine for r in parcel.records.values() if isinstance(r, str)}
             return worker.run.remote(mine, {key: refs[key] for key in keys})  # type: ignore[no-any-return]
@@ -141,7 +144,7 @@ class RayPool:
         queue = deque(Chunk(tuple(order[i : i + size])) for i in range(0, len(tasks), size))
         for chunk, outcomes, error in self._dispatch(queue, submit, lambda _, __, reply: reply, timeout):
             if error is not None:
-                again, outcomes = _after_death(chunk, tasks, error)
+                again, outcomes = after_death(chunk, tasks, error)
                 queue.extendleft(again)
             yield from zip(chunk.indices, outcomes, strict=False)
 
@@ -151,15 +154,18 @@ class RayPool:
         self._orders += 1
         number, common, todo = self._orders, pack(shared, self._common), list(jobs)
 
-        def submit(worker: Any, chunk: Chunk) -> ObjectRef[Any]:
-            mine = pack([todo[i] for i in chunk.indices], self._memories.get(worker))
-            return worker.run_jobs.remote(mine, number, common)  # type: ignore[no-any-return]
+        def submit(worker: Any, chunk: Chunk) -> ObjectRef[Any] | Link:
+            mine, link = [todo[i] for i in chunk.indices], self._links.get(worker)
+            if link is not None:
+                return link.order(worker, (link.memory.pack(mine), number, common))
+            return worker.run_jobs.remote(pack(mine, None), number, common)  # type: ignore[no-any-return]
 
         def receive(worker: Any, chunk: Chunk, reply: Any) -> list[Any]:
-            done = unpack(reply, self._memories.get(worker), copy=True)
+            link = self._links.get(worker)
+            done = unpack(reply, None if link is None else link.memory, copy=True)
             return [(todo[chunk.indices[i]] if part is None else part, result) for i, part, result in done]
 
-        queue = deque(_guided(len(todo), self.workers))
+        queue = deque(guided(len(todo), self.workers))
         for chunk, outcomes, error in self._dispatch(queue, submit, receive, timeout):
             if error is None:
                 yield from outcomes
@@ -187,7 +193,7 @@ class RayPool:
     def _dispatch(
         self,
         queue: deque[Chunk],
-        submit: Callable[[Any, Chunk], ObjectRef[Any]],
+        submit: Callable[[Any, Chunk], ObjectRef[Any] | Link],
         receive: Callable[[Any, Chunk, Any], list[Any]],
         timeout: float | None,
     ) -> Iterator[tuple[Chunk, list[Any], Exception | None]]:
@@ -197,18 +203,25 @@ class RayPool:
             with ray_instance.watched():
                 while queue or self._busy:
                     while queue and self._idle:
-                        worker, chunk = self._idle.pop(), queue.popleft()
-                        self._busy[submit(worker, chunk)] = worker, chunk
-                    ref = self._next_event(deadline)
-                    if ref is None:
+                        worker = self._idle.pop()
+                        try:
+                            self._busy[submit(worker, queue[0])] = worker, queue[0]
+                        except BrokenPipeError:  # it died while it was idle
+                            self.deaths += 1
+                            self._replace(worker)
+                        else:
+                            queue.popleft()
+                    call = self._next_event(deadline)
+                    if call is None:
                         if deadline is not None and time.monotonic() >= deadline:
                             return
                         continue
-                    worker, chunk = self._busy.pop(ref)
+                    worker, chunk = self._busy.pop(call)
                     self._hope = time.monotonic() + START_SECONDS
                     ray_instance.check()
                     try:
-                        outcomes = receive(worker, chunk, ray.get(ref))
+                        reply = call.answer() if isinstance(call, Link) else ray.get(call)
+                        outcomes = receive(worker, chunk, reply)
                     except DEATH as error:
                         self.deaths += 1
                         self._replace(worker)
@@ -238,9 +251,11 @@ class RayPool:
             for worker in [*self._idle, *(w for w, _ in self._greeted.values()), *(w for w, _ in self._busy.values())]:
                 ray.kill(worker)
         self._idle, self._greeted, self._busy = [], {}, {}
-        for memory in filter(None, [self._common, *self._memories.values()]):
-            memory.close()
-        self._memories, self._common = {}, None
+        for link in self._links.values():
+            link.close()
+        if self._common is not None:
+            self._common.close()
+        self._links, self._common = {}, None
         ray_instance.release()
 
     def __enter__(self) -> Self:
@@ -274,23 +289,34 @@ class RayPool:
     def _start(self) -> None:
         worker: Any = ray.remote(num_cpus=0, max_restarts=0, max_task_retries=0)(Worker).remote()
         paths = None
-        if self._common is not None:
-            self._memories[worker] = Memory()
-            paths = self._common.path, self._memories[worker].path
+        if self._common is not None and self.crew is not None:
+            link = self._links[worker] = Link(Memory(), Line())
+            paths = self._common.path, link.memory.path, link.line.paths
         greeting = worker.greet.remote(self._app, self._path, self.crew, paths)
         self._greeted[greeting] = worker, time.monotonic() + START_SECONDS
 
     def _replace(self, worker: Any) -> None:
         ray.kill(worker)
         self._pids.pop(worker, None)
-        if memory := self._memories.pop(worker, None):
-            memory.close()
+        if link := self._links.pop(worker, None):
+            link.close()
         self._start()
 
-    def _next_event(self, deadline: float | None) -> ObjectRef[Any] | None:
-        """Wait for a busy worker's answer and return its reference; None: a greeting came back, or none for a while."""
+    def _next_event(self, deadline: float | None) -> ObjectRef[Any] | Link | None:
+        """Wait for a busy worker's answer and return its call; None: a greeting came back, or nothing for a while."""
         timeout = WATCH_SECONDS if deadline is None else min(WATCH_SECONDS, max(0.0, deadline - time.monotonic()))
-        done, _ = ray.wait([*self._busy, *self._greeted], num_returns=1, timeout=timeout)
+        calls: list[ObjectRef[Any]] = [call for call in self._busy if not isinstance(call, Link)]
+        if len(calls) < len(self._busy):
+            # Who has been greeted says so on its line as well.
+            lines = {call.line.fileno(): call for call in self._busy if isinstance(call, Link)}
+            new = [self._links[worker].line.fileno() for worker, _ in self._greeted.values()]
+            heard = connection.wait([*lines, *new], timeout)
+            for line in heard:
+                if line in lines:
+                    return lines[line]
+            timeout = timeout if heard else 0.0
+        waiting = [*calls, *self._greeted]
+        done, _ = ray.wait(waiting, num_returns=1, timeout=timeout) if waiting else ([], [])
         if done and done[0] in self._greeted:
             self._welcome(done[0])
             return None
@@ -324,6 +350,9 @@ class RayPool:
             self._replace(worker)
         else:
             self._failed_starts, self._hope = 0, time.monotonic() + START_SECONDS
+            if link := self._links.get(worker):
+                link.line.taken()
+                link.line.receive()
             self._idle.append(worker)
             self._seen_alive.add(worker)
 
@@ -337,29 +366,6 @@ def _not_loaded(error: RayTaskError, app: str) -> RunError:
     """What a worker says that cannot load the app or the crew."""
     cause = error.cause if isinstance(error.cause, RunError) else RunError(str(error.cause), where=app)
     return RunError(f"a Ray worker failed to start: {cause.what}", where=cause.where, remedy="mend this module")
-
-
-def _guided(jobs: int, workers: int) -> Iterator[Chunk]:
-    """Bundles of jobs: three quarters in one call a worker, the rest one by one to whoever is done first."""
-    size = max(1, 3 * jobs // (4 * workers))
-    first = min(jobs, size * workers)
-    # Dealt in turn: jobs come in order of length.
-    for worker in range(min(workers, first)):
-        yield Chunk(tuple(range(worker, first, workers)))
-    for job in range(first, jobs):
-        yield Chunk((job,))
-
-
-def _after_death(chunk: Chunk, tasks: Sequence[Task], error: Exception) -> tuple[list[Chunk], list[Outcome]]:
-    """What to run again, and the error outcomes of a chunk whose worker died."""
-    chunk = replace(chunk, deaths=chunk.deaths + 1)
-    if chunk.deaths < DEATHS_BEFORE_ALONE:
-        return [chunk], []
-    if chunk.deaths < DEATHS_BEFORE_ERROR:
-        return [Chunk((index,), chunk.deaths) for index in reversed(chunk.indices)], []
-    reason = f"{chunk.deaths} workers died of this message: {' '.join(str(error).split())[:300]}"
-    code = ErrorCode.CLIENT_APP_CRASHED
-    return [], [Outcome(error_reply(tasks[index].message, code, reason)) for index in chunk.indices]
 
 
 class RayGrid(LocalGrid):

@@ -3,6 +3,8 @@
 import json
 import os
 import signal
+from contextlib import suppress
+from pathlib import Path
 
 import pytest
 from drill import METHODS, checkpoint, finish, left, living, result, settings, start, undisturbed, wait_for
@@ -14,8 +16,14 @@ LONG = {"train__rounds": 6, "train__local_epochs": 20}
 
 
 def at_work(session):
-    """Workers that handle messages right now, by the title that Ray gives its processes."""
-    return [pid for pid, command in living(session).items() if command.startswith("ray::Worker.run")]
+    """Workers that compute right now."""
+    found = []
+    for pid, command in living(session).items():
+        with suppress(OSError):
+            state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+            if state == "R" and command.startswith("ray::Worker"):
+                found.append(pid)
+    return found
 
 
 @pytest.fixture
