@@ -18,9 +18,12 @@ from fedmm.models.scratch import scratch
 _between = torch.ops.aten.hardtanh_backward.grad_input
 """_between(g, p, low, high, grad_input=out): g where low < p < high, else 0."""
 
+RUN = 128
+"""Bytes of a pixel's samples from which on larger values are as fast kept in the image: less memory in the cache."""
+
 
 class Pooling:
-    """The windows of an image.
+    """The windows of an image, which `forward` writes over.
 
     Args:
         image: [H, C, W, B].
@@ -38,7 +41,8 @@ class Pooling:
         windows = image[: 2 * high, :, : 2 * wide].view(high, 2, channels, wide, 2, batch)
         self._left, self._right = windows.unbind(4)
         self._places = [*self._left.unbind(1), *self._right.unbind(1)]
-        self._larger = scratch("larger", self._left.shape, image.dtype)
+        short = batch * image.itemsize < RUN
+        self._larger = scratch("larger", self._left.shape, image.dtype) if short else self._right
         self._rows = *self._larger.unbind(1), *self._left.unbind(1)
 
     def forward(self, largest: Tensor, place: Tensor) -> None:

@@ -82,10 +82,11 @@ def test_convolution_with_what_follows(inside, outside, pooled, rectified):
 
 
 @pytest.mark.parametrize("rectified", [True, False])
-def test_of_equal_values_the_first_has_the_gradient(rectified):
+@pytest.mark.parametrize("batch", [8, 32])
+def test_of_equal_values_the_first_has_the_gradient(batch, rectified):
     """Few different numbers: about every second window has its largest value more than once."""
     g = Geometry((2, 2), (1, 1), (1, 1), (1, 1))
-    x, w, b = (draw(*s).round().detach().requires_grad_() for s in ((1, 8, 1, 7, 6), (1, 3, 1, 2, 2), (1, 3)))
+    x, w, b = (draw(*s).round().detach().requires_grad_() for s in ((1, batch, 1, 7, 6), (1, 3, 1, 2, 2), (1, 3)))
     conv = F.conv2d(x[0], w[0], b[0], padding=1)
     windows = conv.unfold(2, 2, 2).unfold(3, 2, 2).flatten(4)
     ties = (windows == windows.amax(4, keepdim=True)).sum(4) > 1
