@@ -12,7 +12,7 @@ from drill import METHODS, checkpoint, finish, left, living, result, settings, s
 from experiments.runner import run
 from fedmm.errors import ConfigError
 
-LONG = {"train__rounds": 6, "train__local_epochs": 20}
+LONG = {"train__rounds": 6, "train__local_epochs": 120}
 
 
 def at_work(session):
