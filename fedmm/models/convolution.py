@@ -5,7 +5,11 @@ innermost, and products run over W' B. For each output row r of the image and co
 
     y_r = b + sum over j of W_j U_rj,   U_rj as [h I, W' B] in place, or one for all j (`fedmm.models.windows`)
     dL/dW_j = sum over r of U_rj dL/dy_r^T
-    dL/dx: with stride 1 the same product of dL/dy with the kernel turned round; else W^T dL/dy_r is added up in place
+    dL/dx: W^T dL/dy_r, added up in place
+
+With stride 1, where dL/dx is needed, both come from the windows V_rj of dL/dy and the kernel turned round, T:
+
+    dL/dx_r = sum over j of T_j V_rj;   dL/dT_j = sum over r of V_rj x_r^T
 
 Clients take turns in the same memory, so that an image and what is made of it stay in the processor's cache.
 Max-pooling by 2 x 2 and ReLU that follow are done there, too: of values and gradients of full size, none travels to
@@ -22,6 +26,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fedmm.models.innermost import samples_innermost
+from fedmm.models.pooling import Pooling
 from fedmm.models.scratch import scratch
 from fedmm.models.windows import Geometry, Pair, overlap, padded
 
@@ -96,71 +101,107 @@ class _Convolution(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of input, weight and bias."""
         x, weight, places, y = ctx.saved_tensors
-        images, geometry, (clients, outside) = x.movedim(1, -1), ctx.geometry, weight.shape[:2]
-        image = padded(images.shape[1:], outside, x.dtype, geometry)
-        of_x = None
-        if ctx.needs_input_grad[0]:
-            of_x = (_OfInput if geometry.dense else _OfStridedInput)(images, weight, geometry, image.size)
+        clients, outside = weight.shape[:2]
         given = of_products = gradient.permute(0, 3, 2, 4, 1)  # [K, H', O, W', B]
+        if ctx.needs_input_grad[0] and ctx.geometry.dense:
+            gradients: _FromProducts | _FromImages = _FromProducts(x.movedim(1, -1), weight, ctx.geometry)
+        else:
+            gradients = _FromImages(x.movedim(1, -1), weight, ctx.geometry, ctx.needs_input_grad[0])
         if y is not None:
             outputs = y.permute(0, 3, 2, 4, 1).unbind(0)
             alive = scratch("alive", given.shape[1:], x.dtype)
             of_products = alive.expand_as(given)
         if places is not None:
-            chosen = places.unbind(0)
-            pooling = image.pooling if of_x is None or of_x.pooling is None else of_x.pooling
+            chosen, pooling = places.unbind(0), gradients.pooling
             pooling.clear()
             of_products = pooling.image.expand(clients, *pooling.image.shape)
-        of_weight, of_bias = weight.new_empty(clients, *image.taps), weight.new_empty(clients, outside)
-        each, by_row = of_products.unbind(0), of_products.flatten(3).unbind(0)
-        for k, (parts, g) in enumerate(zip(image.parts(images), given.unbind(0), strict=True)):
+        of_bias = weight.new_empty(clients, outside)
+        for k, (g, of_product) in enumerate(zip(given.unbind(0), of_products.unbind(0), strict=True)):
             if y is not None:
                 g = _threshold(g, outputs[k], 0, grad_input=alive)
             if ctx.biased:
                 torch.sum(g, (0, 2, 3), out=of_bias[k])
             if places is not None:
                 pooling.backward(g, chosen[k])
-            image.fill(parts)
-            image.correlate(by_row[k], out=of_weight[k])
-            if of_x is not None:
-                of_x.add(k, each[k])
-        return (
-            None if of_x is None else of_x.whole.movedim(-1, 1),
-            image.of_kernels(of_weight, weight.shape),
-            of_bias if ctx.biased else None,
-            None,
-            None,
-            None,
-        )
+            gradients.add(k, of_product)
+        return gradients.of_x, gradients.of_weight, of_bias if ctx.biased else None, None, None, None
 
 
-class _OfInput:
-    """Gradient of the input, client by client, for strides and dilations of 1: a product with the kernel turned round.
+class _FromProducts:
+    """Gradients of input and weight, client by client, for strides and dilations of 1: from windows of dL/dy.
 
-    Attributes:
-        whole: [K, I, H, W, B].
-        pooling: Of where dL/dy [H', O, W', B] of a client need not be copied from; None: there is no such place.
+    dL/dx is their product with the kernel turned round, dL/dW, turned round, their sum of products with x in place.
     """
 
-    def __init__(self, images: Tensor, weight: Tensor, geometry: Geometry, size: Pair) -> None:
+    def __init__(self, images: Tensor, weight: Tensor, geometry: Geometry) -> None:
         clients, channels, high, wide, batch = images.shape
-        self._turned = padded((weight.shape[1], *size, batch), 0, images.dtype, geometry.turned())
-        self._kernels = self._turned.kernels(weight.flip(3, 4).transpose(1, 2))
-        self.pooling = self._turned.pooling_inside
+        shape = weight.shape[1], *geometry.size((high, wide)), batch
+        self._windows = padded(shape, channels, images.dtype, geometry.turned())
+        turned = weight.flip(3, 4).transpose(1, 2)
+        self._kernels, self._turned = self._windows.kernels(turned), turned.shape
+        self._images = images.transpose(1, 2).flatten(3).unbind(0)
         by_row = images.new_empty(clients, high, channels, wide, batch)
-        self.whole, self._each = by_row.transpose(1, 2), by_row.flatten(3).unbind(0)
+        self._whole, self._of_images = by_row.transpose(1, 2), by_row.flatten(3).unbind(0)
+        self._found = images.new_empty(clients, *self._windows.taps)
+
+    @property
+    def pooling(self) -> Pooling:
+        """Where `add` takes dL/dy from."""
+        return self._windows.pooling_inside
 
     def add(self, k: int, g: Tensor) -> None:
         """Of client k, from dL/dy [H', O, W', B]."""
-        if self.pooling is None or g.data_ptr() != self.pooling.image.data_ptr():
-            self._turned.fill(self._turned.parts(g.transpose(0, 1).unsqueeze(0))[0])
-        self._turned.multiply(self._kernels[k], self._each[k])
+        inside = self._windows.inside
+        if inside is None or g.data_ptr() != inside.data_ptr():
+            self._windows.fill(self._windows.parts(g.transpose(0, 1).unsqueeze(0))[0])
+        self._windows.multiply(self._kernels[k], self._of_images[k])
+        self._windows.correlate(self._images[k], out=self._found[k])
+
+    @property
+    def of_x(self) -> Tensor:
+        """[K, B, I, H, W], samples innermost."""
+        return self._whole.movedim(-1, 1)
+
+    @property
+    def of_weight(self) -> Tensor:
+        """[K, O, I, h, w]."""
+        return self._windows.of_kernels(self._found, self._turned).flip(3, 4).transpose(1, 2).contiguous()
+
+
+class _FromImages:
+    """The same from windows of x, for whatever geometry; that of the input only if it is needed."""
+
+    def __init__(self, images: Tensor, weight: Tensor, geometry: Geometry, of_x: bool) -> None:
+        self._image = padded(images.shape[1:], weight.shape[1], images.dtype, geometry)
+        self._parts, self._shape = self._image.parts(images), weight.shape
+        self._found = images.new_empty(len(weight), *self._image.taps)
+        self._of_x = _OfStridedInput(images, weight, geometry, self._image.size) if of_x else None
+
+    @property
+    def pooling(self) -> Pooling:
+        """Where `add` takes dL/dy from."""
+        return self._image.pooling
+
+    def add(self, k: int, g: Tensor) -> None:
+        """Of client k, from dL/dy [H', O, W', B]."""
+        self._image.fill(self._parts[k])
+        self._image.correlate(g.flatten(2), out=self._found[k])
+        if self._of_x is not None:
+            self._of_x.add(k, g)
+
+    @property
+    def of_x(self) -> Tensor | None:
+        """[K, B, I, H, W], samples innermost."""
+        return None if self._of_x is None else self._of_x.whole.movedim(-1, 1)
+
+    @property
+    def of_weight(self) -> Tensor:
+        """[K, O, I, h, w]."""
+        return self._image.of_kernels(self._found, self._shape).contiguous()
 
 
 class _OfStridedInput:
-    """The same for other strides and dilations: every window's own gradient is added up where the window was."""
-
-    pooling = None
+    """Gradient of the input, client by client: every window's own gradient is added up where the window was."""
 
     def __init__(self, images: Tensor, weight: Tensor, geometry: Geometry, size: Pair) -> None:
         self.whole = torch.empty_like(images)

@@ -75,13 +75,12 @@ class Padded:
 
     Args:
         shape: [C, H, W, B] of the images.
-        outside: Channels O of the output; 0 if neither `product` nor `correlate` is used.
+        outside: Channels O of the output.
         dtype: Of the numbers.
         geometry: How the kernel moves.
 
     Attributes:
         size: Height and width of the output.
-        product: Scratch memory for it, [H', O, W', B].
         inside: Where the image is, [H, C, W, B]; None if it does not lie in one piece.
         taps: Shape of what `correlate` finds: [M, O, N], or [M, N, O], for M matrices of N rows.
     """
@@ -95,7 +94,7 @@ class Padded:
             geometry.dilation,
         )
         self.size = geometry.size((high, wide))
-        self.product = scratch("product", (self.size[0], outside, self.size[1], batch), dtype)
+        self._dtype, self._shapes = dtype, ((high, channels, wide, batch), (self.size[0], outside, self.size[1], batch))
         copied = columns_copied(channels, geometry)
         copies, each = (kw, self.size[1]) if copied else (1, wide + 2 * left)
         image = torch.zeros(high + 2 * top, channels, copies, each, batch, dtype=dtype)
@@ -122,14 +121,19 @@ class Padded:
         self._each = self._by_row.unbind(0)
 
     @cached_property
+    def product(self) -> Tensor:
+        """Scratch memory for it, [H', O, W', B]."""
+        return scratch("product", self._shapes[1], self._dtype)
+
+    @cached_property
     def pooling(self) -> Pooling:
         """Of the product."""
         return Pooling(self.product)
 
     @cached_property
-    def pooling_inside(self) -> Pooling | None:
-        """Of the image, if it lies in one piece."""
-        return None if self.inside is None else Pooling(self.inside)
+    def pooling_inside(self) -> Pooling:
+        """Of the image or, if that does not lie in one piece, of memory to fill it from."""
+        return Pooling(scratch("product", self._shapes[0], self._dtype) if self.inside is None else self.inside)
 
     def parts(self, images: Tensor) -> list[tuple[Tensor, ...]]:
         """What `fill` takes, for each of the images [K, C, H, W, B]."""
@@ -155,7 +159,7 @@ class Padded:
         rows, columns = self._apart
         matrices = found.transpose(2, 3) if self._turned is None else found
         split = matrices.view(clients, rows, columns, outside, high // rows, channels, wide // columns)
-        return split.permute(0, 3, 5, 1, 4, 2, 6).flatten(5).flatten(3, 4).contiguous()
+        return split.permute(0, 3, 5, 1, 4, 2, 6).flatten(5).flatten(3, 4)
 
     def multiply(self, kernels: tuple[Tensor, ...], out: Tensor) -> None:
         """The image's products with a kernel, to [H', O, W' B]."""
