@@ -146,12 +146,12 @@ class Padded:
 
     def kernels(self, weight: Tensor) -> list[tuple[Tensor, ...]]:
         """What `multiply` takes, for each of the clients' kernels [K, O, C, h, w]."""
-        *most, high, wide = weight.shape
+        clients, outside, channels, high, wide = weight.shape
         rows, columns = self._apart
-        split = weight.view(*most, rows, high // rows, columns, wide // columns)
-        matrices = split.permute(3, 5, 0, 1, 4, 2, 6).flatten(4).flatten(0, 2).contiguous()
-        each = matrices.unsqueeze(1).expand(-1, self.size[0], -1, -1).unbind(0)
-        return [each[k :: len(weight)] for k in range(len(weight))]
+        split = weight.view(clients, outside, channels, rows, high // rows, columns, wide // columns)
+        matrices = split.permute(3, 5, 0, 1, 4, 2, 6).reshape(rows * columns * clients, 1, outside, -1).contiguous()
+        each = matrices.expand(-1, self.size[0], -1, -1).unbind(0)
+        return [each[k::clients] for k in range(clients)]
 
     def of_kernels(self, found: Tensor, shape: tuple[int, ...]) -> Tensor:
         """The gradient, of a shape [K, O, C, h, w], from what `correlate` found for each client, [K, *taps]."""
