@@ -59,7 +59,7 @@ def run_sum(terms: Mapping[str, Held], weights: Tensor, leaf: int) -> Tensors:
     its leaves are summed in one and the same order.
 
     Args:
-        terms: Name -> who holds it, any float type.
+        terms: Name -> who holds it, any float type; at least one.
         weights: float64 [places of the run].
         leaf: Places of a leaf, at most those of the run.
 
@@ -70,14 +70,14 @@ def run_sum(terms: Mapping[str, Held], weights: Tensor, leaf: int) -> Tensors:
     if span == 1:
         return {n: rows[0].to(torch.float64) * weights[0] for n, ((_, rows),) in terms.items()}
     width = _COLUMNS if weights.device.type == "cpu" else max(_COLUMNS, _ON_CARD // span)
-    leaves, nodes = weights.new_zeros(span // leaf, leaf, width), weights.new_empty(span // leaf, 1, width)
-    columns, factors = leaves.flatten(0, 1), weights.view(-1, 1, leaf)
+    # Leaves without a term are left out: row of each place in those that remain.
+    inhabited = sorted({place // leaf for held in terms.values() for which, _ in held for place in which})
+    row = {leaf * at + i: leaf * number + i for number, at in enumerate(inhabited) for i in range(leaf)}
+    leaves, nodes = weights.new_zeros(len(inhabited), leaf, width), weights.new_empty(len(inhabited), 1, width)
+    columns, factors = leaves.flatten(0, 1), weights.view(-1, 1, leaf)[inhabited]
     sums = weights.new_empty(-(-sum(sizes.values()) // width), width)
-    root, *_ = level = nodes.squeeze(1).unbind(0)
-    pairs, chunks = list[tuple[Tensor, Tensor]](), sums.unbind(0)
-    while len(level) > 1:
-        pairs += zip(level[0::2], level[1::2], strict=True)
-        level = level[0::2]
+    root, pairs = _pairs(dict(zip(inhabited, nodes.squeeze(1).unbind(0), strict=True)), span // leaf)
+    chunks = sums.unbind(0)
 
     def add_up(chunk: int) -> None:
         torch.bmm(factors, leaves, out=nodes)
@@ -89,8 +89,9 @@ def run_sum(terms: Mapping[str, Held], weights: Tensor, leaf: int) -> Tensors:
     axes = {n: _axes(held[0][1]) for n, held in terms.items()}
     done, written = 0, set[int]()
     for n, held in terms.items():
-        flat = [(_places(which), rows.permute(0, *axes[n]).reshape(len(which), -1)) for which, rows in held]
-        there = {place for which, _ in held for place in which}
+        mine = [([row[place] for place in which], rows) for which, rows in held]
+        flat = [(_places(which), rows.permute(0, *axes[n]).reshape(len(which), -1)) for which, rows in mine]
+        there = {place for which, _ in mine for place in which}
         empty, written = sorted(written - there), written | there
         at = 0
         while at < sizes[n]:
@@ -115,6 +116,21 @@ def run_sum(terms: Mapping[str, Held], weights: Tensor, leaf: int) -> Tensors:
         back = sorted(range(len(axes[n])), key=axes[n].__getitem__)
         found[n] = total.view([shape[a] for a in axes[n]]).permute(back)
     return found
+
+
+def _pairs(leaves: Mapping[int, Tensor], count: int) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+    """The leaf that holds the root once each second of a pair has been added to its first, and these pairs in order."""
+    level, pairs = [leaves.get(i) for i in range(count)], []
+    while len(level) > 1:
+        above = []
+        for left, right in zip(level[0::2], level[1::2], strict=True):
+            if left is not None and right is not None:
+                pairs.append((left, right))
+            above.append(right if left is None else left)
+        level = above
+    (root,) = level
+    assert root is not None
+    return root, pairs
 
 
 def _axes(rows: Tensor) -> list[int]:
