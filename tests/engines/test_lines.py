@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from multiprocessing import connection
 from pathlib import Path
 
@@ -133,6 +134,19 @@ def test_a_worker_that_dies_idle_is_replaced_and_nobody_charged(pool, capfd):
     assert result[0].tolist() == [2]
     assert pool.deaths == 1
     assert capfd.readouterr() == ("", "")
+
+
+def test_a_worker_that_takes_too_long_is_left_behind(pool):
+    grid = RayGrid(pool, 2)
+    list(grid.work([("add", np.zeros(1))], 1))
+    (before,) = pool._pids.values()
+    started = time.monotonic()
+    assert list(grid.work([("sleep", 100.0)], None, timeout=0.5)) == []
+    assert time.monotonic() - started < 30
+    ((_, result),) = grid.work([("add", np.zeros(1))], 2)
+    assert result[0].tolist() == [2]
+    assert list(pool._pids.values()) != [before]
+    assert pool.deaths == 0
 
 
 class Unreadable:
