@@ -1,6 +1,6 @@
 """What is said on a line arrives, and each end notices when the other is gone."""
 
-import gc
+import contextlib
 import os
 import subprocess
 import sys
@@ -92,23 +92,31 @@ os.kill(os.getpid(), 9)
     here.close()
 
 
-def pipes():
-    return sum(
-        os.readlink(entry).startswith("pipe:") for entry in list(Path("/proc/self/fd").iterdir()) if entry.exists()
-    )
+def pipe(file):
+    return os.readlink(f"/proc/self/fd/{file}")
 
 
-def test_nothing_stays_open():
-    gc.collect()
-    before = pipes()
-    for _ in range(3):
-        here = Line()
+def open_pipes():
+    """Pipes that this process holds open, those of other threads included."""
+    found = set()
+    for entry in Path("/proc/self/fd").iterdir():
+        with contextlib.suppress(OSError):  # closed by now
+            found.add(os.readlink(entry))
+    return found
+
+
+@pytest.mark.parametrize("taken", [True, False])
+def test_nothing_stays_open(taken):
+    here = Line()
+    mine = {pipe(here._reader.fileno()), pipe(here._writer.fileno())}
+    if taken:
         there = Line.at(here.paths)
-        assert pipes() >= before + 6
-        here.close(), there.close()
-    untaken = Line()
-    untaken.close()
-    assert pipes() == before
+        assert {pipe(there._reader.fileno()), pipe(there._writer.fileno())} == mine
+        here.taken()
+        there.close()
+    assert mine <= open_pipes()
+    here.close()
+    assert not mine & open_pipes()
 
 
 def test_jobs_and_messages_in_turn(pool):
