@@ -91,7 +91,7 @@ def test_interrupted(tmp_path, engine, moment, group):
 def test_interrupted_at_random_and_twice(tmp_path, seed):
     """The second Ctrl-C comes while the first is dealt with."""
     rng = random.Random(seed)
-    process = start(settings("cmsfed", train__rounds=ROUNDS), tmp_path / "run", "--engine", "ray")
+    process = start(settings("cmsfed", train__rounds=1000), tmp_path / "run", "--engine", "ray")
     wait_for(process, lambda: mapped(process, "pydantic_core"))
     time.sleep(rng.uniform(0, 6))
     began = time.monotonic()
