@@ -1,8 +1,9 @@
-"""A line between two processes of one machine: a word arrives in some tens of microseconds.
+"""A line between two processes of one machine, whose words arrive with little delay.
 
-A call of a Ray actor takes one or two milliseconds there and back, which is much for a round of forty. Both directions
-are pipes without a name: nothing is left of them when their processes end, and each end notices the other's death. The
-other process reaches them by the owner's open files, as it does `fedmm.engines.memory`, which takes Linux.
+Orders to two busy Ray workers and their answers took 2.8 ms as calls of actors and 0.4 ms over lines, on two cores,
+which is much in a round of forty. Both directions are pipes without a name: nothing is left of them when their
+processes end, and each end notices the other's death. The other process reaches them by the owner's open files, as it
+does `fedmm.engines.memory`, which takes Linux.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from multiprocessing.connection import Connection
 from typing import Any, Self
 
 _CAPACITY = 2**20
-"""Bytes that a pipe takes before its writer has to wait; more than any head of a job."""
+"""Bytes that a pipe takes before its writer has to wait for the reader: more than most words have."""
 
 Paths = tuple[str, str]
 
