@@ -127,7 +127,9 @@ class Subspace(Knowledge):
             found[f"span.{m}"] = span.map
             if m != solution.strong and (own := self._ridge(sums, m)) is not None:
                 found[f"head.{m}"] = own
-        return found
+        # LAPACK's solutions lie column by column, what is read from messages and checkpoints row by row: products of
+        # the two may round differently.
+        return {n: t.contiguous() for n, t in found.items()}
 
     def _ridge(self, sums: Tensors, modality: str) -> Tensor | None:
         """The ridge solution of one modality alone."""
