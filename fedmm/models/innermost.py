@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from fedmm import native
+
 
 def samples_innermost(x: Tensor) -> Tensor:
     """The same tensor [K, B, C, ...] with its memory as [K, C, ..., B]; free if it is so already."""
@@ -39,34 +41,31 @@ def flat_samples(x: Tensor) -> Tensor:
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """A linear layer x W + b for samples that are innermost, as flattened images are: so is the gradient of x.
+    """A linear layer x W + b of each client; the gradient of x lies in memory as x does, samples innermost or not.
 
     Args:
         x: [K, B, in].
         weight: [K, in, out].
         bias: [K, 1, out].
     """
-    return _Linear.apply(x, weight, bias)  # type: ignore[no-any-return, no-untyped-call]
+    if native.usable(x, weight, bias):
+        return _Linear.apply(x, weight, bias)  # type: ignore[no-any-return, no-untyped-call]
+    return torch.bmm(x, weight) if bias is None else torch.baddbmm(bias, x, weight)
 
 
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The layer."""
+        out, weight = native.linear(x, weight, bias)
         ctx.save_for_backward(x, weight)
-        return torch.bmm(x, weight) if bias is None else torch.baddbmm(bias, x, weight)
+        return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of input, weight and bias."""
-        x, weight = ctx.saved_tensors
-        need_x, need_weight, need_bias = ctx.needs_input_grad
-        return (
-            torch.bmm(weight, gradient.transpose(1, 2)).transpose(1, 2) if need_x else None,
-            torch.bmm(x.transpose(1, 2), gradient) if need_weight else None,
-            gradient.sum(1, keepdim=True) if need_bias else None,
-        )
+        return native.linear_back(*ctx.saved_tensors, gradient, ctx.needs_input_grad)
 
 
 class _FlatSamples(torch.autograd.Function):

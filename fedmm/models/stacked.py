@@ -5,8 +5,8 @@ objectives need no second version: they work on [K, B, ...] as they do on [B, ..
 
     Linear      W [K, in, out], b [K, 1, out]     one batched product; this order makes gradients contiguous
     Conv2d      W [K, O, I, h, w]                 CPU: products over samples (`fedmm.models.convolution`);
-                                                  GPU: one grouped convolution with K groups
-    pooling, ReLU after a convolution             CPU: it does them, too, if they are next in a Sequential
+                                                  else: one grouped convolution with K groups
+    pooling, ReLU after a convolution             it does them, too, if they are next in a Sequential
     GroupNorm, LayerNorm, pooling, Flatten        the same arithmetic in each client and sample
     Gate                                          [K, slots]
 
@@ -23,14 +23,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fedmm import native
 from fedmm.models.boosted import BoostedHead
 from fedmm.models.boosted import Gate as PlainGate
-from fedmm.models.convolution import convolve
+from fedmm.models.convolution import Geometry, convolve
 from fedmm.models.encoders import BasicBlock
 from fedmm.models.fusion import FUSIONS
 from fedmm.models.innermost import flat_samples, group_norm, linear, samples_innermost
 from fedmm.models.multimodal import MultimodalModel
-from fedmm.models.windows import Geometry
 from fedmm.types import Tensors
 
 
@@ -63,11 +63,8 @@ class Linear(_Layer):
 
     def forward(self, x: Tensor) -> Tensor:
         """[K, ..., in] -> [K, ..., out]."""
-        weight, bias = self.weight, self.bias
-        if x.dim() == 3 and x.stride(1) == 1 < x.stride(2) and x.device.type == "cpu":
-            return linear(x, weight, bias)  # flattened images
         rows = x if x.dim() == 3 else x.reshape(x.shape[0], -1, x.shape[-1])
-        out = torch.bmm(rows, weight) if bias is None else torch.baddbmm(bias, rows, weight)
+        out = linear(rows, self.weight, self.bias)
         return out if x.dim() == 3 else out.view(*x.shape[:-1], out.shape[-1])
 
 
@@ -75,8 +72,8 @@ class Conv2d(_Layer):
     """Each client's convolution.
 
     Attributes:
-        pooled: Whether it does the max-pooling by 2 x 2 that follows, on a CPU.
-        rectified: Whether it does the ReLU that follows, on a CPU.
+        pooled: Whether it does the max-pooling by 2 x 2 that follows.
+        rectified: Whether it does the ReLU that follows.
     """
 
     def __init__(self, layer: nn.Conv2d) -> None:
@@ -91,12 +88,14 @@ class Conv2d(_Layer):
 
     def forward(self, x: Tensor) -> Tensor:
         """[K, B, I, H, W] -> [K, B, O, H', W']."""
-        if x.device.type == "cpu":
+        if native.usable(x, self.weight, self.bias):
             return convolve(x, self.weight, self.bias, self.geometry, pooled=self.pooled, rectified=self.rectified)
         clients = x.shape[0]
         bias = None if self.bias is None else self.bias.flatten()
         kernel, g = self.weight.flatten(0, 1), self.geometry
-        return _spread(F.conv2d(_merge(x), kernel, bias, g.stride, g.padding, g.dilation, groups=clients), clients)
+        y = F.conv2d(_merge(x), kernel, bias, g.stride, g.padding, g.dilation, groups=clients)
+        y = F.max_pool2d(y, 2) if self.pooled else y
+        return _spread(F.relu(y) if self.rectified else y, clients)
 
 
 class GroupNorm(_Layer):
@@ -165,19 +164,6 @@ class Pool(nn.Module):
         return y.view(x.shape[0], -1, *y.shape[1:]).transpose(1, 2)
 
 
-class Merged(nn.Module):
-    """A layer that on a CPU the convolution before it does."""
-
-    def __init__(self, layer: nn.Module) -> None:
-        super().__init__()
-        self.layer = layer
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[K, B, ...] -> what the layer gives."""
-        y: Tensor = x if x.device.type == "cpu" else self.layer(x)
-        return y
-
-
 class Flatten(nn.Module):
     """Each sample as one row."""
 
@@ -222,9 +208,9 @@ def _merge_into_convolutions(layers: nn.Sequential) -> None:
         if isinstance(layer, Conv2d):
             before = layer
         elif before is not None and isinstance(layer, Pool) and layer.halves and not before.pooled:
-            before.pooled, layers._modules[name] = True, Merged(layer)
+            before.pooled, layers._modules[name] = True, nn.Identity()
         elif before is not None and isinstance(layer, nn.ReLU):
-            before.rectified, layers._modules[name] = True, Merged(layer)
+            before.rectified, layers._modules[name] = True, nn.Identity()
         elif not isinstance(layer, nn.Identity):
             before = None
 

@@ -7,11 +7,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from fedmm.models import scratch, windows
-from fedmm.models.convolution import convolve
+from fedmm.models.convolution import Geometry, convolve
 from fedmm.models.innermost import flat_samples, group_norm, linear, samples_innermost
 from fedmm.models.stacked import Pool
-from fedmm.models.windows import Geometry
 
 CLIENTS, BATCH = 2, 3
 GEOMETRIES = [
@@ -145,18 +143,6 @@ def test_an_image_of_one_row_or_column(shape):
     x, w = draw(CLIENTS, BATCH, 2, *shape), draw(CLIENTS, 4, 2, 3, 3)
     each = [F.conv2d(x[k], w[k], padding=1) for k in range(CLIENTS)]
     assert_as(convolve(x, w, None, g), torch.stack(each), [x, w], [x, w])
-
-
-@pytest.mark.parametrize("g", SOME[:3], ids=str)
-def test_images_too_large_for_the_cache_give_the_same(g, monkeypatch):
-    x, w, b = draw(CLIENTS, 8, 2, 9, 10), draw(CLIENTS, 4, 2, *g.kernel), draw(CLIENTS, 4)
-    found = []
-    for kept in (scratch.KEPT, 0):
-        monkeypatch.setattr(scratch, "KEPT", kept)
-        monkeypatch.setattr(windows, "KEPT", kept)
-        y = convolve(x, w, b, g, pooled=True, rectified=True)
-        found.append((y, *torch.autograd.grad(y.square().sum(), (x, w, b))))
-    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
 @pytest.mark.parametrize("affine", [True, False])

@@ -1,4 +1,4 @@
-"""Layers that a stack's convolutions do themselves on a CPU: which, and that each client's model is the plain one."""
+"""Layers that a stack's convolutions do themselves: which, and that each client's model is the plain one."""
 
 import copy
 
@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import nn
 
+from fedmm import native
 from fedmm.config.schema import ModelConfig
 from fedmm.models import build_model
-from fedmm.models.stacked import Conv2d, Merged, Pool, Stack
+from fedmm.models.stacked import Conv2d, Stack
 from fedmm.types import ModalitySpec
 
 CLIENTS, BATCH = 3, 8
@@ -32,15 +33,19 @@ CHAINS = {
 }
 
 
+@pytest.mark.parametrize("kernels", [True, False])
 @pytest.mark.parametrize(("layers", "does", "merged"), CHAINS.values(), ids=CHAINS)
-def test_what_a_convolution_does(layers, does, merged):
+def test_what_a_convolution_does(layers, does, merged, kernels, monkeypatch):
+    if not kernels:
+        monkeypatch.setattr(native, "library", None)
     generator = torch.Generator().manual_seed(0)
     model = build_model({"m": ModalitySpec("image", (2, 9, 7))}, 3, ModelConfig(encoder="convnet"), 0).double()
     alone = nn.Sequential(*copy.deepcopy(layers)).double()
     model.encoder["m"] = alone
     stack = Stack(model)
     twin = stack.model.encoder["m"]
-    assert sum(isinstance(layer, Merged) for layer in twin) == merged
+    idle = sum(isinstance(layer, nn.Identity) for layer in twin)
+    assert idle == merged + sum(isinstance(layer, nn.Identity) for layer in layers)
     assert [layer.pooled * "p" + layer.rectified * "r" for layer in twin if isinstance(layer, Conv2d)] == [does]
     plain = {n: t for n, t in model.state_dict().items() if n.startswith("encoder.")}
     drawn = {n: torch.randn(CLIENTS, *t.shape, generator=generator, dtype=t.dtype) for n, t in plain.items()}
@@ -58,9 +63,3 @@ def test_what_a_convolution_does(layers, does, merged):
         for ours, theirs in zip(found[1:], others, strict=True):
             torch.testing.assert_close(ours[k], theirs, rtol=0, atol=1e-12)
 
-
-def test_a_merged_layer_does_its_work_elsewhere():
-    """On other devices the convolution is PyTorch's, and the layer is as it was."""
-    layer = Merged(Pool(nn.MaxPool2d(2)))
-    assert layer(torch.empty(2, 3, 4, 6, 6, device="meta")).shape == (2, 3, 4, 3, 3)
-    assert layer(torch.empty(2, 3, 4, 6, 6)).shape == (2, 3, 4, 6, 6)

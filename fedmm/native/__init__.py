@@ -1,0 +1,282 @@
+"""Sums and products of many small models, compiled: layers of a stack on a processor, and sums over clients.
+
+`kernels.c` is built when the package is installed, wherever there is a C compiler; without it, and for what it has no
+rule for (`usable`), PyTorch's operators do the same, more slowly. `FEDMM_KERNELS=off` in the environment does without.
+
+Where a matrix is small, a general library spends its time on preparation, and MKL uses half of the width of processors
+that Intel did not make. Values agree with PyTorch's to rounding. A client's bits do not depend on who shares its stack,
+but for the gradients of convolutions, which are summed over the whole width of a batch.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import os
+from collections.abc import Sequence
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+Pair = tuple[int, int]
+
+_POINTER, _LONG, _INT = ctypes.c_void_p, ctypes.c_long, ctypes.c_int
+_FORMATS = (torch.float32, torch.float64)
+
+
+def _load() -> ctypes.CDLL | None:
+    if os.environ.get("FEDMM_KERNELS", "").lower() in ("off", "0"):
+        return None
+    found = importlib.util.find_spec("fedmm.native.kernels")
+    if found is None or found.origin is None:
+        return None
+    library = ctypes.CDLL(found.origin)
+    for name, pointers in (("linear", 5), ("linear_back", 7), ("convolve", 6), ("convolve_back", 9)):
+        function = getattr(library, f"fedmm_{name}")
+        function.argtypes, function.restype = [_INT, *[_POINTER] * pointers], None
+    library.fedmm_tree.argtypes, library.fedmm_tree.restype = [_INT, _LONG, _LONG, _LONG, *[_POINTER] * 3], None
+    library.fedmm_level.argtypes, library.fedmm_level.restype = [_INT], _INT
+    library.fedmm_level(-1)
+    return library
+
+
+library = _load()
+"""The compiled kernels; None: there are none."""
+
+INSTRUCTIONS = ("baseline", "AVX2", "AVX-512")
+
+
+def instructions() -> str | None:
+    """Name of the instructions that the kernels use; None: there are no kernels."""
+    return None if library is None else INSTRUCTIONS[library.fedmm_level(-1)]
+
+
+def usable(*tensors: Tensor | None) -> bool:
+    """Whether the kernels can work with these: all in main memory, in float32 or in float64."""
+    there = [t for t in tensors if t is not None]
+    dtype = there[0].dtype
+    return (
+        library is not None and dtype in _FORMATS and all(t.dtype is dtype and t.device.type == "cpu" for t in there)
+    )
+
+
+class _Dense(ctypes.Structure):
+    _fields_ = (
+        *((n, _LONG) for n in ("clients", "rows", "inside", "outside")),
+        ("x", _LONG * 3),
+        ("of_weight", _LONG),
+        ("of_bias", _LONG),
+    )
+
+
+class _Convolution(ctypes.Structure):
+    _fields_ = (
+        *((n, _LONG) for n in ("clients", "batch", "inside", "outside")),
+        *((n, _LONG * 2) for n in ("size", "kernel", "stride", "padding", "dilation")),
+        *((n, _LONG) for n in ("pooled", "rectified", "of_weight", "of_bias")),
+    )
+
+
+@lru_cache(maxsize=4096)
+def _dense(clients: int, rows: int, inside: int, outside: int, x: tuple[int, ...], weight: int, bias: int) -> _Dense:
+    return _Dense(clients, rows, inside, outside, x, weight, bias)
+
+
+@lru_cache(maxsize=4096)
+def _convolution(*numbers: int | Pair) -> _Convolution:
+    return _Convolution(*numbers)
+
+
+def _own(t: Tensor) -> Tensor:
+    """Parameters [K, ...] of which each client's lie in one piece; all may be the same one."""
+    return t if t[0].is_contiguous() else t.contiguous()
+
+
+def _at(t: Tensor | None) -> int | None:
+    return None if t is None else t.data_ptr()
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """x W + b of each client, and the weights as `linear_back` takes them.
+
+    Args:
+        x: [K, B, in], with any strides.
+        weight: [K, in, out].
+        bias: [K, 1, out].
+
+    Returns:
+        [K, B, out].
+    """
+    assert library is not None
+    weight, bias = _own(weight), None if bias is None else _own(bias)
+    out = x.new_empty(x.shape[0], x.shape[1], weight.shape[2])
+    layer = _dense(*x.shape, out.shape[2], x.stride(), weight.stride(0), 0 if bias is None else bias.stride(0))
+    library.fedmm_linear(
+        x.dtype is torch.float64, ctypes.addressof(layer), x.data_ptr(), weight.data_ptr(), _at(bias), out.data_ptr()
+    )
+    return out, weight
+
+
+def linear_back(
+    x: Tensor, weight: Tensor, gradient: Tensor, needed: tuple[bool, bool, bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of the input, in its memory's order, of the weights and of the biases, if needed.
+
+    Rows at a client's end whose gradient is zero, as it is for those that fill up a batch, cost nothing.
+
+    Args:
+        x: [K, B, in].
+        weight: [K, in, out], each client's in one piece.
+        gradient: Of the output, [K, B, out].
+        needed: Which of the three.
+    """
+    assert library is not None
+    clients, rows, inside = x.shape
+    gradient = gradient.contiguous()
+    of_x = of_weight = of_bias = into = None
+    if needed[0]:
+        innermost = x.stride(1) == 1 and rows > 1
+        into = x.new_empty(clients, inside, rows) if innermost else x.new_empty(clients, rows, inside)
+        of_x = into.transpose(1, 2) if innermost else into
+    if needed[1]:
+        of_weight = x.new_empty(clients, inside, gradient.shape[2])
+    if needed[2]:
+        of_bias = x.new_empty(clients, 1, gradient.shape[2])
+    layer = _dense(*x.shape, gradient.shape[2], x.stride(), weight.stride(0), 0)
+    library.fedmm_linear_back(
+        x.dtype is torch.float64,
+        ctypes.addressof(layer),
+        x.data_ptr(),
+        weight.data_ptr(),
+        gradient.data_ptr(),
+        _at(into),
+        _at(of_weight),
+        _at(of_bias),
+    )
+    return of_x, of_weight, of_bias
+
+
+def convolve(
+    images: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    moves: tuple[Pair, Pair, Pair],
+    size: Pair,
+    pooled: bool,
+    rectified: bool,
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Each client's convolution, if wanted with max-pooling by 2 x 2 and ReLU behind it.
+
+    Args:
+        images: [K, I, H, W, B], in one piece.
+        weight: [K, O, I, h, w].
+        bias: [K, O].
+        moves: Strides, padding, dilation.
+        size: Height and width of what it gives.
+        pooled: Whether pooling follows.
+        rectified: Whether ReLU follows.
+
+    Returns:
+        [K, O, *size, B]; of the same shape which of four places each value comes from, if pooled, or that ReLU stopped
+        it, for `convolve_back`; the weights as that takes them.
+    """
+    assert library is not None
+    weight, bias = _own(weight), None if bias is None else _own(bias)
+    clients, inside, high, wide, batch = images.shape
+    out = images.new_empty(clients, weight.shape[1], *size, batch)
+    which = images.new_empty(out.shape, dtype=torch.uint8) if pooled or rectified else None
+    layer = _convolution(
+        clients,
+        batch,
+        inside,
+        weight.shape[1],
+        (high, wide),
+        (weight.shape[3], weight.shape[4]),
+        *moves,
+        int(pooled),
+        int(rectified),
+        weight.stride(0),
+        0 if bias is None else bias.stride(0),
+    )
+    library.fedmm_convolve(
+        images.dtype is torch.float64,
+        ctypes.addressof(layer),
+        images.data_ptr(),
+        weight.data_ptr(),
+        _at(bias),
+        out.data_ptr(),
+        _at(which),
+    )
+    return out, which, weight
+
+
+def convolve_back(
+    images: Tensor,
+    weight: Tensor,
+    gradient: Tensor,
+    which: Tensor | None,
+    moves: tuple[Pair, Pair, Pair],
+    pooled: bool,
+    rectified: bool,
+    needed: tuple[bool, bool],
+) -> tuple[Tensor | None, Tensor, Tensor | None]:
+    """Gradients of the images and of the biases, if needed, and of the weights.
+
+    Args:
+        images: [K, I, H, W, B], in one piece.
+        weight: [K, O, I, h, w], each client's in one piece.
+        gradient: Of what `convolve` gave, [K, O, *size, B], in one piece.
+        which: Of `convolve`.
+        moves: Strides, padding, dilation.
+        pooled: As for `convolve`.
+        rectified: As for `convolve`.
+        needed: Whether those of the images and of the biases are.
+    """
+    assert library is not None
+    clients, inside, high, wide, batch = images.shape
+    outside, kernel = weight.shape[1], (weight.shape[3], weight.shape[4])
+    of_images = torch.empty_like(images) if needed[0] else None
+    of_weight = images.new_empty(weight.shape)
+    of_bias = images.new_empty(clients, outside) if needed[1] else None
+    turned = weight.flip(3, 4).transpose(1, 2).contiguous() if needed[0] else None
+    layer = _convolution(
+        clients, batch, inside, outside, (high, wide), kernel, *moves, int(pooled), int(rectified), weight.stride(0), 0
+    )
+    library.fedmm_convolve_back(
+        images.dtype is torch.float64,
+        ctypes.addressof(layer),
+        images.data_ptr(),
+        weight.data_ptr(),
+        _at(turned),
+        gradient.data_ptr(),
+        _at(which),
+        _at(of_images),
+        of_weight.data_ptr(),
+        _at(of_bias),
+    )
+    return of_images, of_weight, of_bias
+
+
+def tree(rows: Sequence[Tensor | None], weights: Tensor, leaf: int) -> Tensor:
+    """Node of the tree of `fedmm.trees` above a power of two of places: float64 [numbers].
+
+    Args:
+        rows: Each place's numbers in one piece, of one type; None: nobody is there.
+        weights: float64, one a place.
+        leaf: Places of a leaf.
+    """
+    assert library is not None
+    first = next(row for row in rows if row is not None)
+    out = first.new_empty(first.numel(), dtype=torch.float64)
+    pointers = (_POINTER * len(rows))(*map(_at, rows))
+    library.fedmm_tree(
+        first.dtype is torch.float64,
+        len(rows),
+        leaf,
+        first.numel(),
+        ctypes.addressof(pointers),
+        weights.data_ptr(),
+        out.data_ptr(),
+    )
+    return out

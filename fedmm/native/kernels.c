@@ -1,0 +1,214 @@
+/* Sums and products of many small models on a processor: what fedmm/native/__init__.py calls.
+
+   Libraries of linear algebra are made for large matrices, and on processors of other makers than their own they leave
+   half of the arithmetic units idle. Here a tile of the result stays in registers while its sum runs. */
+
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+#include <stdlib.h>
+#include <string.h>
+
+#define DEAD 4
+
+/* Linear layers of a stack: x [K, rows, inside], with its strides; weights [K, inside, outside] and biases
+   [K, outside], that many numbers a client apart (0: all share them). */
+struct dense {
+    long clients, rows, inside, outside, x[3], of_weight, of_bias;
+};
+
+/* Convolutions of a stack, samples innermost: images [K, inside, *size, batch], kernels [K, outside, inside, *kernel]. */
+struct convolution {
+    long clients, batch, inside, outside, size[2], kernel[2], stride[2], padding[2], dilation[2], pooled, rectified,
+        of_weight, of_bias;
+};
+
+/* -- memory ------------------------------------------------------------------------------------------------------- */
+
+enum { COLUMNS_LEFT, IMAGE, WRAPPED, GRADIENT, OFFSETS, PLACES };
+
+static void *spare_bytes(int place, long bytes) {
+    static _Thread_local struct {
+        void *memory;
+        long bytes;
+    } kept[PLACES];
+    if (kept[place].bytes < bytes) {
+        free(kept[place].memory);
+        bytes = (bytes + bytes / 4 + 4095) / 4096 * 4096;
+        kept[place].memory = aligned_alloc(64, bytes);
+        kept[place].bytes = bytes;
+        if (!kept[place].memory) abort();
+    }
+    return kept[place].memory;
+}
+
+static void fill_steps(long *steps, long count, long step) {
+    for (long p = 0; p < count; p++) steps[p] = p * step;
+}
+
+/* Room for three lists of `count` numbers, of which the first holds multiples of `step`. */
+static long *offsets(long count, long step) {
+    long *at = spare_bytes(OFFSETS, 3 * (count > step ? count : step) * (long)sizeof(long));
+    fill_steps(at, count, step);
+    return at;
+}
+
+/* Where in an image [channels, *whole, batch] each tap of a kernel lies, from the window's first number on. */
+static long *taps(const struct convolution *c, long channels, const long *whole, long batch) {
+    long *at = spare_bytes(OFFSETS, 2 * channels * c->kernel[0] * c->kernel[1] * (long)sizeof(long)), *next = at;
+    for (long i = 0; i < channels; i++)
+        for (long y = 0; y < c->kernel[0]; y++)
+            for (long x = 0; x < c->kernel[1]; x++)
+                *next++ = ((i * whole[0] + y * c->dilation[0]) * whole[1] + x * c->dilation[1]) * batch;
+    return at;
+}
+
+/* -- every number format on every instruction set ------------------------------------------------------------------ */
+
+#define JOIN_(f, suffix) f##_##suffix
+#define JOIN(f, suffix) JOIN_(f, suffix)
+#define NAME(f) JOIN(f, SUFFIX)
+
+#if defined(__x86_64__)
+#define LEVELS 3
+
+#define ROWS 8
+#define COLUMNS 2
+#define CORRELATED 8
+#define TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,prefer-vector-width=512")))
+#define REAL float
+#define INTEGER int
+#define LANES 16
+#define SUFFIX f32_2
+#include "kernels.inc"
+#undef REAL
+#undef INTEGER
+#undef LANES
+#undef SUFFIX
+#define REAL double
+#define INTEGER long long
+#define LANES 8
+#define SUFFIX f64_2
+#include "kernels.inc"
+#undef REAL
+#undef INTEGER
+#undef LANES
+#undef SUFFIX
+#undef ROWS
+#undef CORRELATED
+#undef TARGET
+
+#define ROWS 6
+#define CORRELATED 4
+#define TARGET __attribute__((target("avx2,fma")))
+#define REAL float
+#define INTEGER int
+#define LANES 8
+#define SUFFIX f32_1
+#include "kernels.inc"
+#undef REAL
+#undef INTEGER
+#undef LANES
+#undef SUFFIX
+#define REAL double
+#define INTEGER long long
+#define LANES 4
+#define SUFFIX f64_1
+#include "kernels.inc"
+#undef REAL
+#undef INTEGER
+#undef LANES
+#undef SUFFIX
+#undef ROWS
+#undef COLUMNS
+#undef CORRELATED
+#undef TARGET
+
+#else
+#define LEVELS 1
+#endif
+
+#define ROWS 4
+#define COLUMNS 2
+#define CORRELATED 4
+#define TARGET
+#define REAL float
+#define INTEGER int
+#define LANES 4
+#define SUFFIX f32_0
+#include "kernels.inc"
+#undef REAL
+#undef INTEGER
+#undef LANES
+#undef SUFFIX
+#define REAL double
+#define INTEGER long long
+#define LANES 2
+#define SUFFIX f64_0
+#include "kernels.inc"
+
+static int level;
+
+static int best_level(void) {
+#if LEVELS > 1
+    __builtin_cpu_init();
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+        __builtin_cpu_supports("avx512vl"))
+        return 2;
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return 1;
+#endif
+    return 0;
+}
+
+/* -- what Python calls --------------------------------------------------------------------------------------------- */
+
+#if LEVELS > 1
+#define BY_LEVEL(f, format, ...) \
+    (level == 2 ? f##_##format##_2(__VA_ARGS__) : level == 1 ? f##_##format##_1(__VA_ARGS__) : f##_##format##_0(__VA_ARGS__))
+#else
+#define BY_LEVEL(f, format, ...) f##_##format##_0(__VA_ARGS__)
+#endif
+#define CALL(f, twice, ...)                 \
+    do {                                    \
+        if (twice)                          \
+            BY_LEVEL(f, f64, __VA_ARGS__);  \
+        else                                \
+            BY_LEVEL(f, f32, __VA_ARGS__);  \
+    } while (0)
+
+void fedmm_linear(int twice, const struct dense *d, const void *x, const void *weight, const void *bias, void *out) {
+    CALL(linear, twice, d, x, weight, bias, out);
+}
+
+void fedmm_linear_back(int twice, const struct dense *d, const void *x, const void *weight, const void *gradient,
+                       void *of_x, void *of_weight, void *of_bias) {
+    CALL(linear_back, twice, d, x, weight, gradient, of_x, of_weight, of_bias);
+}
+
+void fedmm_convolve(int twice, const struct convolution *c, const void *x, const void *weight, const void *bias, void *out,
+                    unsigned char *which) {
+    CALL(convolve, twice, c, x, weight, bias, out, which);
+}
+
+void fedmm_convolve_back(int twice, const struct convolution *c, const void *x, const void *weight, const void *turned,
+                         const void *gradient, const unsigned char *which, void *of_x, void *of_weight, void *of_bias) {
+    CALL(convolve_back, twice, c, x, weight, turned, gradient, which, of_x, of_weight, of_bias);
+}
+
+void fedmm_tree(int twice, long span, long leaf, long numbers, const void *const *rows, const double *weights, double *out) {
+    CALL(tree, twice, span, leaf, numbers, rows, weights, out);
+}
+
+int fedmm_level(int wanted) {
+    const int most = best_level();
+    level = wanted < 0 || wanted > most ? most : wanted;
+    return level;
+}
+
+/* -- the module: a library that a Python package builds and finds has to be one ------------------------------------ */
+
+static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, "kernels", 0, -1, 0, 0, 0, 0, 0};
+
+PyMODINIT_FUNC PyInit_kernels(void) {
+    fedmm_level(-1);
+    return PyModule_Create(&module);
+}
