@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from fedmm import native
 from fedmm.types import Tensors
 
 _COLUMNS = 2**12
@@ -69,6 +70,8 @@ def run_sum(terms: Mapping[str, Held], weights: Tensor, leaf: int) -> Tensors:
     span, sizes = len(weights), {n: held[0][1][0].numel() for n, held in terms.items()}
     if span == 1:
         return {n: rows[0].to(torch.float64) * weights[0] for n, ((_, rows),) in terms.items()}
+    if all(native.usable(*(rows for _, rows in held)) for held in terms.values()):
+        return {n: _natively(held, weights, leaf) for n, held in terms.items()}
     width = _COLUMNS if weights.device.type == "cpu" else max(_COLUMNS, _ON_CARD // span)
     # Leaves without a term are left out: row of each place in those that remain.
     inhabited = sorted({place // leaf for held in terms.values() for which, _ in held for place in which})
@@ -116,6 +119,15 @@ def run_sum(terms: Mapping[str, Held], weights: Tensor, leaf: int) -> Tensors:
         back = sorted(range(len(axes[n])), key=axes[n].__getitem__)
         found[n] = total.view([shape[a] for a in axes[n]]).permute(back)
     return found
+
+
+def _natively(held: Held, weights: Tensor, leaf: int) -> Tensor:
+    """The node of one tensor, by the compiled kernel."""
+    shape, axes = held[0][1].shape, _axes(held[0][1])
+    flat = [(which, rows.permute(0, *axes).reshape(len(which), -1)) for which, rows in held]
+    whole = [(which, rows if rows[0].is_contiguous() else rows.contiguous()) for which, rows in flat]
+    total = native.tree(whole, weights, leaf)
+    return total.view([shape[a] for a in axes]).permute(sorted(range(len(axes)), key=axes.__getitem__))
 
 
 def _pairs(leaves: Mapping[int, Tensor], count: int) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:

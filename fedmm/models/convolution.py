@@ -100,8 +100,16 @@ class _Convolution(Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of input, weight and bias."""
         images, weight, which = ctx.saved_tensors
+        moves, pooled, rectified = ctx.how
         need_x, _, need_bias = ctx.needs_input_grad[:3]
         of_images, of_weight, of_bias = native.convolve_back(
-            images, weight, gradient.movedim(1, -1).contiguous(), which, *ctx.how, (need_x, need_bias)
+            images,
+            weight,
+            gradient.movedim(1, -1).contiguous(),
+            which,
+            moves,
+            pooled,
+            rectified,
+            (need_x, need_bias),
         )
         return None if of_images is None else of_images.movedim(-1, 1), of_weight, of_bias, None, None, None

@@ -11,8 +11,6 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fedmm import native
-
 
 def samples_innermost(x: Tensor) -> Tensor:
     """The same tensor [K, B, C, ...] with its memory as [K, C, ..., B]; free if it is so already."""
@@ -38,34 +36,6 @@ def group_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, groups: in
 def flat_samples(x: Tensor) -> Tensor:
     """[K, B, C, ...] with samples innermost -> [K, B, F], a view, whose gradient gets samples innermost again."""
     return _FlatSamples.apply(x)  # type: ignore[no-any-return, no-untyped-call]
-
-
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """A linear layer x W + b of each client; the gradient of x lies in memory as x does, samples innermost or not.
-
-    Args:
-        x: [K, B, in].
-        weight: [K, in, out].
-        bias: [K, 1, out].
-    """
-    if native.usable(x, weight, bias):
-        return _Linear.apply(x, weight, bias)  # type: ignore[no-any-return, no-untyped-call]
-    return torch.bmm(x, weight) if bias is None else torch.baddbmm(bias, x, weight)
-
-
-class _Linear(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """The layer."""
-        out, weight = native.linear(x, weight, bias)
-        ctx.save_for_backward(x, weight)
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        """Gradients of input, weight and bias."""
-        return native.linear_back(*ctx.saved_tensors, gradient, ctx.needs_input_grad)
 
 
 class _FlatSamples(torch.autograd.Function):

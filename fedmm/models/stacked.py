@@ -3,7 +3,8 @@
 The twin is the same `MultimodalModel` with its layers replaced by stacked ones, so that encoders, fusions, heads and
 objectives need no second version: they work on [K, B, ...] as they do on [B, ...].
 
-    Linear      W [K, in, out], b [K, 1, out]     one batched product; this order makes gradients contiguous
+    Linear      W [K, in, out], b [K, 1, out]     products (`fedmm.models.dense`); this order makes gradients contiguous
+    ReLU, Linear after it in a Sequential         it does them, too
     Conv2d      W [K, O, I, h, w]                 CPU: products over samples (`fedmm.models.convolution`);
                                                   else: one grouped convolution with K groups
     pooling, ReLU after a convolution             it does them, too, if they are next in a Sequential
@@ -19,7 +20,6 @@ import copy
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -27,9 +27,10 @@ from fedmm import native
 from fedmm.models.boosted import BoostedHead
 from fedmm.models.boosted import Gate as PlainGate
 from fedmm.models.convolution import Geometry, convolve
+from fedmm.models.dense import dense
 from fedmm.models.encoders import BasicBlock
 from fedmm.models.fusion import FUSIONS
-from fedmm.models.innermost import flat_samples, group_norm, linear, samples_innermost
+from fedmm.models.innermost import flat_samples, group_norm, samples_innermost
 from fedmm.models.multimodal import MultimodalModel
 from fedmm.types import Tensors
 
@@ -56,15 +57,25 @@ class _Layer(nn.Module):
 
 
 class Linear(_Layer):
-    """x W + b for each client."""
+    """x W + b for each client.
+
+    Attributes:
+        rectified: Whether it does the ReLU that follows.
+        after: Layers that follow, which it does, too.
+        done: Whether a layer before does it.
+    """
 
     def __init__(self, layer: nn.Linear) -> None:
         super().__init__()
+        self.rectified = self.done = False
+        self.after: list[Linear] = []
 
     def forward(self, x: Tensor) -> Tensor:
         """[K, ..., in] -> [K, ..., out]."""
+        if self.done:
+            return x
         rows = x if x.dim() == 3 else x.reshape(x.shape[0], -1, x.shape[-1])
-        out = linear(rows, self.weight, self.bias)
+        out = dense(rows, [(layer.weight, layer.bias, layer.rectified) for layer in (self, *self.after)])
         return out if x.dim() == 3 else out.view(*x.shape[:-1], out.shape[-1])
 
 
@@ -93,7 +104,7 @@ class Conv2d(_Layer):
         clients = x.shape[0]
         bias = None if self.bias is None else self.bias.flatten()
         kernel, g = self.weight.flatten(0, 1), self.geometry
-        y = F.conv2d(_merge(x), kernel, bias, g.stride, g.padding, g.dilation, groups=clients)
+        y = F.conv2d(_side_by_side(x), kernel, bias, g.stride, g.padding, g.dilation, groups=clients)
         y = F.max_pool2d(y, 2) if self.pooled else y
         return _spread(F.relu(y) if self.rectified else y, clients)
 
@@ -110,7 +121,7 @@ class GroupNorm(_Layer):
         if x.dim() == 5 and x.device.type == "cpu":
             return group_norm(x, self.weight, self.bias, self.groups, self.eps)
         clients = x.shape[0]
-        y = _spread(F.group_norm(_merge(x), clients * self.groups, eps=self.eps), clients)
+        y = _spread(F.group_norm(_side_by_side(x), clients * self.groups, eps=self.eps), clients)
         if not self.affine:
             return y
         shape = (clients, 1, -1, *[1] * (x.dim() - 3))
@@ -158,7 +169,7 @@ class Pool(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[K, B, C, H, W] -> [K, B, C, H', W']."""
         if x.device.type != "cpu":
-            return _spread(self.layer(_merge(x)), x.shape[0])
+            return _spread(self.layer(_side_by_side(x)), x.shape[0])
         # Channels last, with the samples as channels.
         y: Tensor = self.layer(samples_innermost(x).transpose(1, 2).flatten(0, 1))
         return y.view(x.shape[0], -1, *y.shape[1:]).transpose(1, 2)
@@ -191,7 +202,7 @@ def _flatten(layer: nn.Flatten) -> nn.Module:
     return Flatten()
 
 
-def _merge(x: Tensor) -> Tensor:
+def _side_by_side(x: Tensor) -> Tensor:
     """[K, B, C, ...] -> [B, K C, ...]: clients as groups of channels; free on what `_spread` gave."""
     return x.transpose(0, 1).reshape(x.shape[1], x.shape[0] * x.shape[2], *x.shape[3:])
 
@@ -201,18 +212,20 @@ def _spread(x: Tensor, clients: int) -> Tensor:
     return x.view(x.shape[0], clients, -1, *x.shape[2:]).transpose(0, 1)
 
 
-def _merge_into_convolutions(layers: nn.Sequential) -> None:
-    """Have convolutions do max-pooling and ReLU that follow; the two commute."""
-    before: Conv2d | None = None
+def _merge(layers: nn.Sequential) -> None:
+    """Have convolutions do max-pooling and ReLU that follow (the two commute), dense layers ReLU and dense layers."""
+    before: Conv2d | Linear | None = None
     for name, layer in list(layers._modules.items()):
-        if isinstance(layer, Conv2d):
-            before = layer
-        elif before is not None and isinstance(layer, Pool) and layer.halves and not before.pooled:
+        if isinstance(layer, nn.ReLU) and before is not None:
+            (before.after[-1] if isinstance(before, Linear) and before.after else before).rectified = True
+            layers._modules[name] = nn.Identity()
+        elif isinstance(layer, Pool) and layer.halves and isinstance(before, Conv2d) and not before.pooled:
             before.pooled, layers._modules[name] = True, nn.Identity()
-        elif before is not None and isinstance(layer, nn.ReLU):
-            before.rectified, layers._modules[name] = True, nn.Identity()
+        elif isinstance(layer, Linear) and isinstance(before, Linear):
+            before.after.append(layer)
+            layer.done = True  # it stays, as its parameters have its name
         elif not isinstance(layer, nn.Identity):
-            before = None
+            before = layer if isinstance(layer, Conv2d | Linear) else None
 
 
 RULES: Mapping[type[nn.Module], Callable[..., nn.Module]] = MappingProxyType(
@@ -285,7 +298,7 @@ class Stack:
             for attribute, _ in child.named_parameters(recurse=False):
                 self._slots[f"{path}{name}.{attribute}"] = twin, attribute
         if isinstance(module, nn.Sequential):
-            _merge_into_convolutions(module)
+            _merge(module)
 
     def bind(self, tensors: Mapping[str, Tensor]) -> Tensors:
         """Make stacked tensors [K, ...] the twin's parameters (they share memory); returns those parameters."""

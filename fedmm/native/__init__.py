@@ -16,6 +16,7 @@ import os
 from collections.abc import Sequence
 from functools import lru_cache
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -32,7 +33,7 @@ def _load() -> ctypes.CDLL | None:
     if found is None or found.origin is None:
         return None
     library = ctypes.CDLL(found.origin)
-    for name, pointers in (("linear", 5), ("linear_back", 7), ("convolve", 6), ("convolve_back", 9)):
+    for name, pointers in (("linear", 5), ("linear_back", 8), ("convolve", 6), ("convolve_back", 8)):
         function = getattr(library, f"fedmm_{name}")
         function.argtypes, function.restype = [_INT, *[_POINTER] * pointers], None
     library.fedmm_tree.argtypes, library.fedmm_tree.restype = [_INT, _LONG, _LONG, _LONG, *[_POINTER] * 3], None
@@ -52,21 +53,19 @@ def instructions() -> str | None:
     return None if library is None else INSTRUCTIONS[library.fedmm_level(-1)]
 
 
-def usable(*tensors: Tensor | None) -> bool:
+def usable(first: Tensor, *others: Tensor | None) -> bool:
     """Whether the kernels can work with these: all in main memory, in float32 or in float64."""
-    there = [t for t in tensors if t is not None]
-    dtype = there[0].dtype
-    return (
-        library is not None and dtype in _FORMATS and all(t.dtype is dtype and t.device.type == "cpu" for t in there)
-    )
+    dtype = first.dtype
+    if library is None or dtype not in _FORMATS or torch.compiler.is_compiling():
+        return False
+    return first.is_cpu and all(t is None or (t.dtype is dtype and t.is_cpu) for t in others)
 
 
 class _Dense(ctypes.Structure):
     _fields_ = (
         *((n, _LONG) for n in ("clients", "rows", "inside", "outside")),
         ("x", _LONG * 3),
-        ("of_weight", _LONG),
-        ("of_bias", _LONG),
+        *((n, _LONG) for n in ("rectified", "of_weight", "of_bias")),
     )
 
 
@@ -79,8 +78,10 @@ class _Convolution(ctypes.Structure):
 
 
 @lru_cache(maxsize=4096)
-def _dense(clients: int, rows: int, inside: int, outside: int, x: tuple[int, ...], weight: int, bias: int) -> _Dense:
-    return _Dense(clients, rows, inside, outside, x, weight, bias)
+def _dense(
+    x: tuple[int, ...], outside: int, strides: tuple[int, ...], rectified: bool, weight: int, bias: int
+) -> _Dense:
+    return _Dense(*x, outside, strides, rectified, weight, bias)
 
 
 @lru_cache(maxsize=4096)
@@ -90,28 +91,32 @@ def _convolution(*numbers: int | Pair) -> _Convolution:
 
 def _own(t: Tensor) -> Tensor:
     """Parameters [K, ...] of which each client's lie in one piece; all may be the same one."""
-    return t if t[0].is_contiguous() else t.contiguous()
+    return t if t.is_contiguous() or t[0].is_contiguous() else t.contiguous()
 
 
 def _at(t: Tensor | None) -> int | None:
     return None if t is None else t.data_ptr()
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    """x W + b of each client, and the weights as `linear_back` takes them.
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, rectified: bool) -> tuple[Tensor, Tensor]:
+    """X W + b of each client, with ReLU behind it if wanted, and the weights as `linear_back` takes them.
 
     Args:
         x: [K, B, in], with any strides.
         weight: [K, in, out].
         bias: [K, 1, out].
+        rectified: Whether ReLU follows.
 
     Returns:
         [K, B, out].
     """
     assert library is not None
     weight, bias = _own(weight), None if bias is None else _own(bias)
-    out = x.new_empty(x.shape[0], x.shape[1], weight.shape[2])
-    layer = _dense(*x.shape, out.shape[2], x.stride(), weight.stride(0), 0 if bias is None else bias.stride(0))
+    clients, rows, _ = shape = x.shape
+    outside = weight.shape[2]
+    out = x.new_empty(clients, rows, outside)
+    apart = 0 if bias is None else bias.stride(0)
+    layer = _dense(shape, outside, x.stride(), rectified, weight.stride(0), apart)
     library.fedmm_linear(
         x.dtype is torch.float64, ctypes.addressof(layer), x.data_ptr(), weight.data_ptr(), _at(bias), out.data_ptr()
     )
@@ -119,7 +124,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tens
 
 
 def linear_back(
-    x: Tensor, weight: Tensor, gradient: Tensor, needed: tuple[bool, bool, bool]
+    x: Tensor, weight: Tensor, out: Tensor | None, gradient: Tensor, needed: tuple[bool, bool, bool]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of the input, in its memory's order, of the weights and of the biases, if needed.
 
@@ -128,27 +133,29 @@ def linear_back(
     Args:
         x: [K, B, in].
         weight: [K, in, out], each client's in one piece.
-        gradient: Of the output, [K, B, out].
+        out: What `linear` gave, if ReLU was behind it.
+        gradient: Of that, [K, B, out].
         needed: Which of the three.
     """
     assert library is not None
-    clients, rows, inside = x.shape
-    gradient = gradient.contiguous()
+    clients, rows, inside = shape = x.shape
+    gradient, outside = gradient.contiguous(), weight.shape[2]
     of_x = of_weight = of_bias = into = None
     if needed[0]:
         innermost = x.stride(1) == 1 and rows > 1
         into = x.new_empty(clients, inside, rows) if innermost else x.new_empty(clients, rows, inside)
         of_x = into.transpose(1, 2) if innermost else into
     if needed[1]:
-        of_weight = x.new_empty(clients, inside, gradient.shape[2])
+        of_weight = x.new_empty(clients, inside, outside)
     if needed[2]:
-        of_bias = x.new_empty(clients, 1, gradient.shape[2])
-    layer = _dense(*x.shape, gradient.shape[2], x.stride(), weight.stride(0), 0)
+        of_bias = x.new_empty(clients, 1, outside)
+    layer = _dense(shape, outside, x.stride(), out is not None, weight.stride(0), 0)
     library.fedmm_linear_back(
         x.dtype is torch.float64,
         ctypes.addressof(layer),
         x.data_ptr(),
         weight.data_ptr(),
+        _at(out),
         gradient.data_ptr(),
         _at(into),
         _at(of_weight),
@@ -247,7 +254,6 @@ def convolve_back(
         images.dtype is torch.float64,
         ctypes.addressof(layer),
         images.data_ptr(),
-        weight.data_ptr(),
         _at(turned),
         gradient.data_ptr(),
         _at(which),
@@ -258,24 +264,26 @@ def convolve_back(
     return of_images, of_weight, of_bias
 
 
-def tree(rows: Sequence[Tensor | None], weights: Tensor, leaf: int) -> Tensor:
+def tree(held: Sequence[tuple[Sequence[int], Tensor]], weights: Tensor, leaf: int) -> Tensor:
     """Node of the tree of `fedmm.trees` above a power of two of places: float64 [numbers].
 
     Args:
-        rows: Each place's numbers in one piece, of one type; None: nobody is there.
+        held: Some places, and a row each, [n, numbers], in one piece; all of one type.
         weights: float64, one a place.
         leaf: Places of a leaf.
     """
     assert library is not None
-    first = next(row for row in rows if row is not None)
-    out = first.new_empty(first.numel(), dtype=torch.float64)
-    pointers = (_POINTER * len(rows))(*map(_at, rows))
+    first = held[0][1]
+    out = first.new_empty(first.shape[1], dtype=torch.float64)
+    at = np.zeros(len(weights), dtype=np.uintp)
+    for places, rows in held:
+        at[list(places)] = rows.data_ptr() + np.arange(len(places)) * (rows.stride(0) * rows.itemsize)
     library.fedmm_tree(
         first.dtype is torch.float64,
-        len(rows),
+        len(weights),
         leaf,
-        first.numel(),
-        ctypes.addressof(pointers),
+        first.shape[1],
+        at.ctypes.data,
         weights.data_ptr(),
         out.data_ptr(),
     )

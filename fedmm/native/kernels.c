@@ -9,11 +9,12 @@
 #include <string.h>
 
 #define DEAD 4
+#define MOST_OF_A_LEAF 8
 
-/* Linear layers of a stack: x [K, rows, inside], with its strides; weights [K, inside, outside] and biases
-   [K, outside], that many numbers a client apart (0: all share them). */
+/* Linear layers of a stack, with ReLU behind them or not: x [K, rows, inside], with its strides; weights
+   [K, inside, outside] and biases [K, outside], that many numbers a client apart (0: all share them). */
 struct dense {
-    long clients, rows, inside, outside, x[3], of_weight, of_bias;
+    long clients, rows, inside, outside, x[3], rectified, of_weight, of_bias;
 };
 
 /* Convolutions of a stack, samples innermost: images [K, inside, *size, batch], kernels [K, outside, inside, *kernel]. */
@@ -72,6 +73,7 @@ static long *taps(const struct convolution *c, long channels, const long *whole,
 #define LEVELS 3
 
 #define ROWS 8
+#define DOUBLES 8
 #define COLUMNS 2
 #define CORRELATED 8
 #define TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,prefer-vector-width=512")))
@@ -94,10 +96,12 @@ static long *taps(const struct convolution *c, long channels, const long *whole,
 #undef LANES
 #undef SUFFIX
 #undef ROWS
+#undef DOUBLES
 #undef CORRELATED
 #undef TARGET
 
 #define ROWS 6
+#define DOUBLES 4
 #define CORRELATED 4
 #define TARGET __attribute__((target("avx2,fma")))
 #define REAL float
@@ -119,6 +123,7 @@ static long *taps(const struct convolution *c, long channels, const long *whole,
 #undef LANES
 #undef SUFFIX
 #undef ROWS
+#undef DOUBLES
 #undef COLUMNS
 #undef CORRELATED
 #undef TARGET
@@ -128,6 +133,7 @@ static long *taps(const struct convolution *c, long channels, const long *whole,
 #endif
 
 #define ROWS 4
+#define DOUBLES 2
 #define COLUMNS 2
 #define CORRELATED 4
 #define TARGET
@@ -179,9 +185,9 @@ void fedmm_linear(int twice, const struct dense *d, const void *x, const void *w
     CALL(linear, twice, d, x, weight, bias, out);
 }
 
-void fedmm_linear_back(int twice, const struct dense *d, const void *x, const void *weight, const void *gradient,
-                       void *of_x, void *of_weight, void *of_bias) {
-    CALL(linear_back, twice, d, x, weight, gradient, of_x, of_weight, of_bias);
+void fedmm_linear_back(int twice, const struct dense *d, const void *x, const void *weight, const void *y,
+                       const void *gradient, void *of_x, void *of_weight, void *of_bias) {
+    CALL(linear_back, twice, d, x, weight, y, gradient, of_x, of_weight, of_bias);
 }
 
 void fedmm_convolve(int twice, const struct convolution *c, const void *x, const void *weight, const void *bias, void *out,
@@ -189,9 +195,9 @@ void fedmm_convolve(int twice, const struct convolution *c, const void *x, const
     CALL(convolve, twice, c, x, weight, bias, out, which);
 }
 
-void fedmm_convolve_back(int twice, const struct convolution *c, const void *x, const void *weight, const void *turned,
-                         const void *gradient, const unsigned char *which, void *of_x, void *of_weight, void *of_bias) {
-    CALL(convolve_back, twice, c, x, weight, turned, gradient, which, of_x, of_weight, of_bias);
+void fedmm_convolve_back(int twice, const struct convolution *c, const void *x, const void *turned, const void *gradient,
+                         const unsigned char *which, void *of_x, void *of_weight, void *of_bias) {
+    CALL(convolve_back, twice, c, x, turned, gradient, which, of_x, of_weight, of_bias);
 }
 
 void fedmm_tree(int twice, long span, long leaf, long numbers, const void *const *rows, const double *weights, double *out) {

@@ -8,7 +8,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from fedmm.models.convolution import Geometry, convolve
-from fedmm.models.innermost import flat_samples, group_norm, linear, samples_innermost
+from fedmm.models.dense import dense
+from fedmm.models.innermost import flat_samples, group_norm, samples_innermost
 from fedmm.models.stacked import Pool
 
 CLIENTS, BATCH = 2, 3
@@ -170,7 +171,7 @@ def test_linear_layer_of_each_client(bias):
     x, w, b = draw(CLIENTS, 5, BATCH), draw(CLIENTS, 5, 4), draw(CLIENTS, 1, 4) if bias else None
     given = [t for t in (x, w, b) if t is not None]
     rows = x.transpose(1, 2)
-    assert_as(linear(rows, w, b), rows @ w + (0 if b is None else b), given, given)
+    assert_as(dense(rows, [(w, b, False)]), rows @ w + (0 if b is None else b), given, given)
 
 
 def test_layers_hand_on_samples_innermost_without_a_copy():
@@ -183,7 +184,7 @@ def test_layers_hand_on_samples_innermost_without_a_copy():
     flat = flat_samples(y)
     for t in (y, flat):
         t.register_hook(found.append)
-    linear(flat, draw(CLIENTS, 4 * 36, 5), None).sum().backward()
+    dense(flat, [(draw(CLIENTS, 4 * 36, 5), None, False)]).sum().backward()
     assert found[0].transpose(1, 2).is_contiguous()
     assert found[1].data_ptr() == found[0].data_ptr()
     assert samples_innermost(found[1]).data_ptr() == found[1].data_ptr()

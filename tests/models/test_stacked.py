@@ -62,4 +62,3 @@ def test_what_a_convolution_does(layers, does, merged, kernels, monkeypatch):
         torch.testing.assert_close(found[0][k], of_x[k], rtol=0, atol=1e-12)
         for ours, theirs in zip(found[1:], others, strict=True):
             torch.testing.assert_close(ours[k], theirs, rtol=0, atol=1e-12)
-
