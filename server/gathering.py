@@ -53,8 +53,8 @@ class _Sizes(dict[tuple[str, ...], Size]):
 
     def __missing__(self, modalities: tuple[str, ...]) -> Size:
         model = self._plan.model
-        numbers = sum(t.numel() for n, t in model.state_dict().items() if serves(n, modalities))
-        self[modalities] = Size(numbers, multiplications(model, self._plan.dataset.specs, modalities))
+        mine = [t.numel() for n, t in model.state_dict().items() if serves(n, modalities)]
+        self[modalities] = Size(sum(mine), multiplications(model, self._plan.dataset.specs, modalities), len(mine))
         return self[modalities]
 
 

@@ -3,10 +3,10 @@
 It follows from the picks, their work and the configured stack size alone, never from the number of workers or from
 timing, so that every engine adds up the same tree.
 
-    cost of a stack = STEP max_k s_k + sum_k (P_k (CLIENT_STEP s_k + CLIENT) + M_k n_k)
+    cost of a stack = STEP T max_k s_k + sum_k (P_k (CLIENT_STEP s_k + CLIENT) + M_k n_k)
 
-over its clients k, which take s_k optimiser steps over n_k samples (epochs counted), train P_k numbers each, and
-multiply M_k times to pass a sample through their model.
+over its clients k, which take s_k optimiser steps over n_k samples (epochs counted), train P_k numbers in T tensors
+each, and multiply M_k times to pass a sample through their model.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from fedmm.config.schema import Config
 from fedmm.trees import aligned
 from server.selection import Pick
 
-_STEP = 26e6
-"""What a step costs whatever the number of clients in it, in multiplications of a sample's forward pass; this and the
-next three are measured on a CPU."""
+_STEP = 2.17e6
+"""What a step costs whatever the number of clients in it, for each tensor of the model, as the operations of a step
+grow with them; in multiplications of a sample's forward pass. This and the next three are measured on a CPU."""
 
 _CLIENT_STEP = 100.0
 """What a client adds to a step besides its samples: the update of its weights, and rows that fill up its batch; for
@@ -55,10 +55,12 @@ class Size:
     Attributes:
         parameters: Numbers that a client trains.
         multiplications: In the forward pass of one sample.
+        tensors: That a client trains.
     """
 
     parameters: int
     multiplications: int
+    tensors: int
 
 
 def cohort_size(config: Config) -> int:
@@ -99,11 +101,12 @@ def arrange(
     clients = np.array([p.client for p in picks])
     order = np.lexsort((clients, -samples, -steps, kind))
     kind, steps, samples = kind[order], steps[order], samples[order]
-    numbers, products = np.array([(sizes[k].parameters, sizes[k].multiplications) for k in kinds])[kind].T
+    every = [(sizes[k].parameters, sizes[k].multiplications, _STEP * sizes[k].tensors) for k in kinds]
+    numbers, products, step = np.array(every)[kind].T
     own = numbers * (_CLIENT_STEP * steps + _CLIENT) + products * samples
     ends = np.searchsorted(kind, np.arange(len(kinds)), side="right")
     line = _Line(
-        (_STEP * steps).tolist(),
+        (step * steps).tolist(),
         list(accumulate(own.tolist(), initial=0.0)),
         np.minimum(np.arange(len(order)) + cohort, ends[kind]).tolist(),
     )
@@ -115,7 +118,7 @@ def arrange(
         # A full stack cannot take what would make it as long as the others: two more may be worth their steps.
         counts = [stacks] if stacks == 1 else [stacks, stacks + 2]
     tried = [parts for count in counts for parts in line.cuts(count)]
-    parts = min(tried, key=lambda found: line.longer_half(found) + _STEP * _STACK * len(found) / 2)
+    parts = min(tried, key=lambda found: line.longer_half(found) + step.max() * _STACK * len(found) / 2)
     slots = _slots(list(range(len(parts))), line.costs(parts))
     there = clients[order].tolist()
     return {

@@ -9,7 +9,7 @@ from server.places import Size, arrange
 from server.selection import Pick
 
 BOTH, ONE = ("a", "b"), ("a",)
-MLP = {BOTH: Size(50_000, 50_000), ONE: Size(30_000, 30_000)}
+MLP = {BOTH: Size(50_000, 50_000, 12), ONE: Size(30_000, 30_000, 12)}
 
 
 def picks(count, modalities=BOTH):
@@ -77,7 +77,7 @@ def test_those_with_more_steps_come_first_whatever_their_samples():
     assert places == {1: 0, 0: 1}
 
 
-@pytest.mark.parametrize("size", [Size(50_000, 50_000), Size(120_000, 750_000), Size(2_000_000, 2_000_000)])
+@pytest.mark.parametrize("size", [Size(50_000, 50_000, 12), Size(120_000, 750_000, 12), Size(2_000_000, 2_000_000, 12)])
 @pytest.mark.parametrize(
     ("count", "cohort", "mean"),
     [
@@ -117,7 +117,7 @@ def test_one_giant_gets_a_half_of_its_own():
 def test_large_models_count_for_more():
     # As many clients with the same samples; those of one kind train ten times the parameters.
     chosen = [Pick(k, BOTH if k < 10 else ONE) for k in range(20)]
-    places = placed(chosen, [30] * 20, 1, sizes={BOTH: Size(10**6, 10**6), ONE: Size(10**5, 10**5)})
+    places = placed(chosen, [30] * 20, 1, sizes={BOTH: Size(10**6, 10**6, 12), ONE: Size(10**5, 10**5, 12)})
     first = [places[k] < 16 for k in range(10)]
     assert sum(first) == 5
 
@@ -125,14 +125,14 @@ def test_large_models_count_for_more():
 def test_samples_count_by_their_multiplications():
     # As many parameters and steps: a client of the first kind convolves over large images.
     chosen = [Pick(k, BOTH if k < 10 else ONE) for k in range(20)]
-    places = placed(chosen, [30] * 20, 1, sizes={BOTH: Size(10**5, 10**7), ONE: Size(10**5, 10**5)})
+    places = placed(chosen, [30] * 20, 1, sizes={BOTH: Size(10**5, 10**7, 12), ONE: Size(10**5, 10**5, 12)})
     assert sum(places[k] < 16 for k in range(10)) == 5
 
 
 @pytest.mark.parametrize("cohort", [1, 16])
 def test_halves_and_quarters_of_the_places_are_that_much_of_the_work(cohort):
     samples = np.random.default_rng(1).lognormal(4, 0.5, 128).astype(int) + 1
-    places = placed(picks(128), samples, cohort, sizes={BOTH: Size(2_000_000, 2_000_000)})
+    places = placed(picks(128), samples, cohort, sizes={BOTH: Size(2_000_000, 2_000_000, 12)})
     for parts in (2, 4):
         work = np.zeros(parts)
         for client, place in places.items():
