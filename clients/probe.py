@@ -1,9 +1,9 @@
 """Whether clients train faster as stacks or one by one, found by timing a few real training steps.
 
 Both give the same weights, to the last bit on a CPU (`clients/cohort.py`), so that nothing but time hangs on the
-verdict. Stacks win by far on small dense models and lose where a single client fills the processor. Convolutions on a
-CPU round differently in a stack (`fedmm/models/convolution.py`): there the number of channels decides, not timing,
-so that every engine and every repetition gives the same weights.
+verdict. Stacks win by far on small models and lose where a single client fills the processor. Convolutions of many
+channels, which on a CPU are left to PyTorch, round differently in a stack: there nothing is timed, so that every engine
+and every repetition gives the same weights.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import torch
 from clients.cohort import Member, train_stack
 from clients.trainer import LocalSchedule, train
 from clients.workspace import Workspace
+from fedmm import native
 from fedmm.data.federation import Pool
 from fedmm.types import Tensors
 
@@ -31,9 +32,6 @@ BUDGET_S = 0.2
 
 MEMORY = 2**31
 """Bytes of weights, gradients and momenta of a stack (2 GiB)."""
-
-NARROW = 32
-"""Channels up to which convolutions of a stack are no slower on a CPU than PyTorch's of one client (measured)."""
 
 FASTER = 0.95
 """A stack must take at most this share of the time of one by one."""
@@ -104,8 +102,8 @@ def probe(here: Workspace, largest: int, broadcast: Tensors | None = None) -> Ve
         return Verdict(1, largest, why="no two clients own the same modalities")
     if here.stack_for(1) is not here.stack:
         # Timing must not decide what rounds differently.
-        if here.stack.channels <= NARROW:
-            return Verdict(largest, largest, why=f"convolutions of {here.stack.channels} channels at most")
+        if native.library is None:
+            return Verdict(1, largest, why="without the compiled kernels (fedmm doctor) convolutions do not stack")
         return Verdict(1, largest, why=f"convolutions of up to {here.stack.channels} channels are faster one by one")
     once = step_seconds(here, clients[:1], broadcast, steps=1)
     if once > SLOW_S:  # a process's first step also loads what torch loads late

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from fedmm import native
 from fedmm.config.schema import Config
 from fedmm.data import load_dataset
 from fedmm.data.federation import Pool, build_federation
@@ -25,6 +26,9 @@ from fedmm.wire import from_record
 
 if TYPE_CHECKING:
     from flwr.app import ArrayRecord
+
+NARROW = 32
+"""Channels up to which our convolutions of a client are no slower on a CPU than PyTorch's (measured)."""
 
 
 class Workspace:
@@ -81,10 +85,18 @@ class Workspace:
     def stack_for(self, cohort: int) -> Stack | None:
         """The twin that clients train with in stacks of `cohort`, or None: the plain model.
 
-        On a CPU a single client's convolutions are best left to PyTorch, whose kernels sum in another order.
+        A single client trains with it, too, as it comes out with the same bits then; but on a CPU PyTorch's
+        convolutions of a single client, which sum in another order, are the faster ones if there are many channels.
         """
-        alone = cohort == 1 and self.device.type == "cpu" and self.stack is not None and self.stack.channels > 0
-        return None if alone else self.stack
+        plain = cohort == 1 and self.device.type == "cpu" and self.stack is not None and not self._narrow
+        return None if plain else self.stack
+
+    @property
+    def _narrow(self) -> bool:
+        """Whether no convolution is better left to PyTorch."""
+        assert self.stack is not None
+        ours = native.library is not None and self.dtype != torch.bfloat16
+        return self.stack.channels <= (NARROW if ours else 0)
 
     def use(self, dtype: torch.dtype) -> None:
         """Train in another number format from now on."""

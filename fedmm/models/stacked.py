@@ -8,6 +8,7 @@ objectives need no second version: they work on [K, B, ...] as they do on [B, ..
     Conv2d      W [K, O, I, h, w]                 CPU: products over samples (`fedmm.models.convolution`);
                                                   else: one grouped convolution with K groups
     pooling, ReLU after a convolution             it does them, too, if they are next in a Sequential
+    ReLU after GroupNorm                          it does it, too
     GroupNorm, LayerNorm, pooling, Flatten        the same arithmetic in each client and sample
     Gate                                          [K, slots]
 
@@ -110,23 +111,28 @@ class Conv2d(_Layer):
 
 
 class GroupNorm(_Layer):
-    """Group normalisation of each sample, with each client's scale and shift."""
+    """Group normalisation of each sample, with each client's scale and shift.
+
+    Attributes:
+        rectified: Whether it does the ReLU that follows.
+    """
 
     def __init__(self, layer: nn.GroupNorm) -> None:
         super().__init__()
         self.groups, self.eps = layer.num_groups, layer.eps
+        self.rectified = False
 
     def forward(self, x: Tensor) -> Tensor:
         """[K, B, C, ...] -> the same shape."""
-        if x.dim() == 5 and x.device.type == "cpu":
-            return group_norm(x, self.weight, self.bias, self.groups, self.eps)
+        if x.dim() == 5 and native.usable(x, self.weight, self.bias):
+            return group_norm(x, self.weight, self.bias, self.groups, self.eps, rectified=self.rectified)
         clients = x.shape[0]
         y = _spread(F.group_norm(_side_by_side(x), clients * self.groups, eps=self.eps), clients)
-        if not self.affine:
-            return y
-        shape = (clients, 1, -1, *[1] * (x.dim() - 3))
-        assert self.bias is not None
-        return y * self.weight.view(shape) + self.bias.view(shape)
+        if self.affine:
+            shape = (clients, 1, -1, *[1] * (x.dim() - 3))
+            assert self.bias is not None
+            y = y * self.weight.view(shape) + self.bias.view(shape)
+        return F.relu(y) if self.rectified else y
 
 
 class LayerNorm(_Layer):
@@ -213,8 +219,8 @@ def _spread(x: Tensor, clients: int) -> Tensor:
 
 
 def _merge(layers: nn.Sequential) -> None:
-    """Have convolutions do max-pooling and ReLU that follow (the two commute), dense layers ReLU and dense layers."""
-    before: Conv2d | Linear | None = None
+    """Have layers do what follows: ReLU; convolutions max-pooling, too (the two commute); dense layers dense layers."""
+    before: Conv2d | GroupNorm | Linear | None = None
     for name, layer in list(layers._modules.items()):
         if isinstance(layer, nn.ReLU) and before is not None:
             (before.after[-1] if isinstance(before, Linear) and before.after else before).rectified = True
@@ -225,7 +231,7 @@ def _merge(layers: nn.Sequential) -> None:
             before.after.append(layer)
             layer.done = True  # it stays, as its parameters have its name
         elif not isinstance(layer, nn.Identity):
-            before = layer if isinstance(layer, Conv2d | Linear) else None
+            before = layer if isinstance(layer, Conv2d | GroupNorm | Linear) else None
 
 
 RULES: Mapping[type[nn.Module], Callable[..., nn.Module]] = MappingProxyType(

@@ -24,6 +24,7 @@ Pair = tuple[int, int]
 
 _POINTER, _LONG, _INT = ctypes.c_void_p, ctypes.c_long, ctypes.c_int
 _FORMATS = (torch.float32, torch.float64)
+_VERSION = 1
 
 
 def _load() -> ctypes.CDLL | None:
@@ -33,7 +34,10 @@ def _load() -> ctypes.CDLL | None:
     if found is None or found.origin is None:
         return None
     library = ctypes.CDLL(found.origin)
-    for name, pointers in (("linear", 5), ("linear_back", 8), ("convolve", 6), ("convolve_back", 8)):
+    if library.fedmm_version() != _VERSION:
+        return None
+    arguments = {"linear": 5, "linear_back": 8, "convolve": 6, "convolve_back": 8, "normalise": 7, "normalise_back": 10}
+    for name, pointers in arguments.items():
         function = getattr(library, f"fedmm_{name}")
         function.argtypes, function.restype = [_INT, *[_POINTER] * pointers], None
     library.fedmm_tree.argtypes, library.fedmm_tree.restype = [_INT, _LONG, _LONG, _LONG, *[_POINTER] * 3], None
@@ -77,6 +81,14 @@ class _Convolution(ctypes.Structure):
     )
 
 
+class _Normalisation(ctypes.Structure):
+    _fields_ = (
+        *((n, _LONG) for n in ("clients", "groups", "channels", "positions", "batch", "rectified")),
+        *((n, _LONG) for n in ("of_scale", "of_shift")),
+        ("eps", ctypes.c_double),
+    )
+
+
 @lru_cache(maxsize=4096)
 def _dense(
     x: tuple[int, ...], outside: int, strides: tuple[int, ...], rectified: bool, weight: int, bias: int
@@ -87,6 +99,11 @@ def _dense(
 @lru_cache(maxsize=4096)
 def _convolution(*numbers: int | Pair) -> _Convolution:
     return _Convolution(*numbers)
+
+
+@lru_cache(maxsize=4096)
+def _normalisation(*numbers: float) -> _Normalisation:
+    return _Normalisation(*numbers)
 
 
 def _own(t: Tensor) -> Tensor:
@@ -262,6 +279,102 @@ def convolve_back(
         _at(of_bias),
     )
     return of_images, of_weight, of_bias
+
+
+def normalise(
+    images: Tensor, scale: Tensor | None, shift: Tensor | None, groups: int, eps: float, rectified: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Group normalisation of each sample, with ReLU behind it if wanted.
+
+    Args:
+        images: [K, C, ..., B], in one piece.
+        scale: Each client's factors [K, C].
+        shift: And what is added [K, C].
+        groups: Of channels.
+        eps: Added to the variance.
+        rectified: Whether ReLU follows.
+
+    Returns:
+        The normalised values; means and inverse deviations [K, groups, B], and the factors, for `normalise_back`.
+    """
+    assert library is not None
+    scale, shift = (None if t is None else _own(t) for t in (scale, shift))
+    clients, channels, batch = images.shape[0], images.shape[1], images.shape[-1]
+    out, means = torch.empty_like(images), images.new_empty(clients, groups, batch)
+    scales = torch.empty_like(means)
+    layer = _normalisation(
+        clients,
+        groups,
+        channels,
+        images[0, 0, ..., 0].numel(),
+        batch,
+        int(rectified),
+        0 if scale is None else scale.stride(0),
+        0 if shift is None else shift.stride(0),
+        eps,
+    )
+    library.fedmm_normalise(
+        images.dtype is torch.float64,
+        ctypes.addressof(layer),
+        images.data_ptr(),
+        _at(scale),
+        _at(shift),
+        out.data_ptr(),
+        means.data_ptr(),
+        scales.data_ptr(),
+    )
+    return out, means, scales, scale
+
+
+def normalise_back(
+    images: Tensor,
+    scale: Tensor | None,
+    out: Tensor | None,
+    gradient: Tensor,
+    means: Tensor,
+    scales: Tensor,
+    needed: tuple[bool, bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of the images, the factors and what is added, if needed.
+
+    Args:
+        images: [K, C, ..., B], in one piece.
+        scale: As `normalise` gave it.
+        out: What `normalise` gave, if ReLU was behind it.
+        gradient: Of that, in one piece.
+        means: Of `normalise`.
+        scales: Of `normalise`.
+        needed: Which of the three.
+    """
+    assert library is not None
+    clients, channels, batch = images.shape[0], images.shape[1], images.shape[-1]
+    of_images = torch.empty_like(images) if needed[0] else None
+    of_scale, of_shift = (images.new_empty(clients, channels) if wanted else None for wanted in needed[1:])
+    layer = _normalisation(
+        clients,
+        means.shape[1],
+        channels,
+        images[0, 0, ..., 0].numel(),
+        batch,
+        int(out is not None),
+        0 if scale is None else scale.stride(0),
+        0,
+        0.0,
+    )
+    library.fedmm_normalise_back(
+        images.dtype is torch.float64,
+        ctypes.addressof(layer),
+        images.data_ptr(),
+        _at(scale),
+        _at(out),
+        gradient.data_ptr(),
+        means.data_ptr(),
+        scales.data_ptr(),
+        _at(of_images),
+        _at(of_scale),
+        _at(of_shift),
+    )
+    return of_images, of_scale, of_shift
 
 
 def tree(held: Sequence[tuple[Sequence[int], Tensor]], weights: Tensor, leaf: int) -> Tensor:

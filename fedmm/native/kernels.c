@@ -23,6 +23,12 @@ struct convolution {
         of_weight, of_bias;
 };
 
+/* Group normalisation of a stack, samples innermost: [K, channels, positions, batch]; factors and shifts [K, channels]. */
+struct normalisation {
+    long clients, groups, channels, positions, batch, rectified, of_scale, of_shift;
+    double eps;
+};
+
 /* -- memory ------------------------------------------------------------------------------------------------------- */
 
 enum { COLUMNS_LEFT, IMAGE, WRAPPED, GRADIENT, OFFSETS, PLACES };
@@ -200,10 +206,25 @@ void fedmm_convolve_back(int twice, const struct convolution *c, const void *x, 
     CALL(convolve_back, twice, c, x, turned, gradient, which, of_x, of_weight, of_bias);
 }
 
+void fedmm_normalise(int twice, const struct normalisation *d, const void *x, const void *scale, const void *shift,
+                     void *out, void *means, void *scales) {
+    CALL(normalise, twice, d, x, scale, shift, out, means, scales);
+}
+
+void fedmm_normalise_back(int twice, const struct normalisation *d, const void *x, const void *scale, const void *y,
+                          const void *gradient, const void *means, const void *scales, void *of_x, void *of_scale,
+                          void *of_shift) {
+    CALL(normalise_back, twice, d, x, scale, y, gradient, means, scales, of_x, of_scale, of_shift);
+}
+
 void fedmm_tree(int twice, long span, long leaf, long numbers, const void *const *rows, const double *weights, double *out) {
     CALL(tree, twice, span, leaf, numbers, rows, weights, out);
 }
 
+/* Changes with what the functions take: fedmm/native/__init__.py passes by a library that another version built. */
+int fedmm_version(void) { return 1; }
+
+/* Use at most these instructions, -1: the best that the processor has; which are used. */
 int fedmm_level(int wanted) {
     const int most = best_level();
     level = wanted < 0 || wanted > most ? most : wanted;

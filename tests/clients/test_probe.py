@@ -9,6 +9,7 @@ import experiments.runner
 from clients.probe import Verdict, alike, probe, read_verdict
 from clients.workspace import Workspace
 from experiments.runner import run
+from fedmm import native
 from fedmm.config.load import load_config
 from fedmm.spec import client_spec
 
@@ -66,11 +67,19 @@ def test_refused_without_a_measurement(overrides, largest, why):
     assert not verdict.seconds
 
 
-def test_narrow_convolutions_are_stacked_without_a_measurement():
-    """Stacked ones round differently, so that the choice must not hang on timing."""
+@pytest.mark.usefixtures("patient")
+def test_narrow_convolutions_are_stacked():
     verdict = probe(workspace("data=cgmnist", "data.samples=400"), 4)
     assert verdict.cohort == 4
-    assert "convolutions" in verdict.why
+    assert verdict.seconds[4] < verdict.seconds[1]
+
+
+def test_without_kernels_convolutions_are_not_stacked(monkeypatch):
+    """They round differently then, so that the choice must not hang on timing."""
+    monkeypatch.setattr(native, "library", None)
+    verdict = probe(workspace("data=cgmnist", "data.samples=400"), 4)
+    assert verdict.cohort == 1
+    assert "kernels" in verdict.why
     assert not verdict.seconds
 
 

@@ -11,6 +11,7 @@ from clients.crew import work
 from clients.trainer import LocalSchedule, train
 from clients.workspace import Workspace
 from experiments.bench.workloads import Workload
+from fedmm import native
 from fedmm.config.schema import ModelConfig, Plugin
 from fedmm.data.federation import Pool
 from fedmm.jobs import Shared, Train, arrays
@@ -103,19 +104,16 @@ def test_a_client_split_off_its_stack_has_the_same_bits(jobs):
     assert [part.places for part in parts] == [(place,) for place in job.places]
     for part in parts:
         assert bits(part, shared) == {part.places[0]: whole[part.places[0]]}
-        assert part.split()[0].company == part.company
 
 
-def test_bits_depend_on_the_company(jobs):
-    """Else the test above would prove nothing."""
+def test_one_by_one_has_the_same_bits(jobs):
     job, shared = jobs
-    whole = bits(job, shared)
-    without = [bits(replace(part, company=None), shared) for part in job.split()]
-    assert any(whole[place] != model for found in without for place, model in found.items())
+    assert bits(replace(job, cohort=1), shared) == bits(job, shared)
 
 
-def test_one_by_one_is_the_plain_model(jobs):
+def test_many_channels_are_left_to_the_plain_model(jobs, monkeypatch):
     job, shared = jobs
+    monkeypatch.setattr("clients.workspace.NARROW", 8)
     here = Workspace(shared.spec, None)
     assert here.stack_for(1) is None
     assert here.stack_for(4) is here.stack is not None
@@ -126,3 +124,9 @@ def test_one_by_one_is_the_plain_model(jobs):
     told = {"round": torch.tensor(0)}
     alone = train(here.model, here.objective, data, data.modalities, told, schedule, here.config.seed, 1, 0)
     assert one[0] == {n: a.tobytes() for n, a in arrays(alone.model).items()}
+
+
+def test_without_kernels_a_single_client_is_left_to_the_plain_model(jobs, monkeypatch):
+    _, shared = jobs
+    monkeypatch.setattr(native, "library", None)
+    assert Workspace(shared.spec, None).stack_for(1) is None

@@ -146,13 +146,15 @@ def test_an_image_of_one_row_or_column(shape):
     assert_as(convolve(x, w, None, g), torch.stack(each), [x, w], [x, w])
 
 
+@pytest.mark.parametrize("rectified", [True, False])
 @pytest.mark.parametrize("affine", [True, False])
-def test_group_normalisation_of_each_client(affine):
+def test_group_normalisation_of_each_client(affine, rectified):
     x = draw(CLIENTS, BATCH, 6, 4, 5)
     w, b = (draw(CLIENTS, 6), draw(CLIENTS, 6)) if affine else (None, None)
     each = [F.group_norm(x[k], 3, None if w is None else w[k], None if b is None else b[k]) for k in range(CLIENTS)]
+    each = [F.relu(y) if rectified else y for y in each]
     given = [t for t in (x, w, b) if t is not None]
-    assert_as(group_norm(x, w, b, 3, 1e-5), torch.stack(each), given, given)
+    assert_as(group_norm(x, w, b, 3, 1e-5, rectified=rectified), torch.stack(each), given, given)
 
 
 def test_gradients_of_the_group_normalisation():

@@ -29,6 +29,7 @@ CHAINS = {
     "up": ([conv(), nn.MaxPool2d(2, ceil_mode=True)], "", 0),
     "mean": ([conv(), nn.AvgPool2d(2)], "", 0),
     "something in between": ([conv(), nn.GroupNorm(2, 4), nn.MaxPool2d(2), nn.ReLU()], "", 0),
+    "normalised, ReLU": ([conv(), nn.GroupNorm(2, 4), nn.ReLU(), nn.MaxPool2d(2)], "", 1),
     "before": ([nn.ReLU(), nn.MaxPool2d(2), conv()], "", 0),
 }
 
