@@ -5,7 +5,7 @@ BIN := .venv/bin
 # Alone and first, so that a wheel that is already on disk is taken before the resolver looks further.
 TORCH := $(shell grep '^torch==' .ci/constraints.txt)
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -c .ci/constraints.txt
-SOURCES := pyproject.toml .ci/constraints.txt
+SOURCES := pyproject.toml .ci/constraints.txt $(wildcard fedmm/native/kernels.*c)
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-all lint bench bench-add bench-gpu results clean

@@ -4,17 +4,17 @@ Every tensor of the model has a leading axis of K clients; a step is one forward
 Clients differ in samples and steps: those with more steps come first, so that a step computes a prefix of the stack
 and no client that has finished; batches are filled up to a common width with rows of weight zero.
 
-On a CPU a client trained alone and in company comes out the same to the last bit: our kernels (`fedmm.native`) sum in
-one order whatever the stack and whatever rows fill up a batch. Without them PyTorch's products do, as widths are
-multiples of 8, but for layers of a few numbers, which take another kernel when they grow, and for convolutions. The
-plain, readable equivalent is `clients.trainer`.
+On a CPU the layers' kernels (`fedmm.native`) sum in one order whatever the stack and whatever rows fill up a batch, so
+that a client trained alone and in company comes out the same to the last bit. Some objectives sum over a batch with
+PyTorch's operators, whose order hangs on its width (`company` of `train_stack` keeps it), as that of all layers does
+without the kernels. The plain, readable equivalent is `clients.trainer`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from time import perf_counter
 
 import numpy as np
@@ -85,6 +85,7 @@ def train_stack(
     round: int,
     requests: Sequence[str] = (),
     meter: Meter | None = None,
+    company: Sequence[Member] = (),
 ) -> StackResult:
     """Train all members, which train the same modalities, from the received weights.
 
@@ -100,8 +101,13 @@ def train_stack(
         round: Round, for the seed tree.
         requests: Statistics to report (`fedmm.metrics.local.STATISTICS`).
         meter: Collects the time of training proper.
+        company: The stack that the members are a part of, if the others do not train here: it sets the widths, so
+            that no sum is cut up differently.
     """
     order, plan = _planned(members, pool)
+    if company:
+        _, whole = _planned(company, pool)
+        plan = replace(plan, widths=whole.widths[: len(plan.widths)], longest=whole.longest)
     members, meter = [members[i] for i in order], meter or Meter()
     count, names = len(members), [m for m in pool.x if m in set(modalities)]
     starts = pool.starts[[m.client for m in members]]

@@ -143,7 +143,7 @@ class _Crew:
         if span > self._cohort:
             return self._parts(start, span // 2) + self._parts(start + span // 2, span // 2)
         stacks = self._stacks(self._job, start, span)
-        return [part for members in stacks.values() for part in self._train(members)]
+        return [part for kind, members in stacks.items() for part in self._train(members, self._company(kind, start))]
 
     def _stacks(self, job: Train, start: int, span: int) -> dict[tuple[Any, ...], list[int]]:
         """Who of a run shares a stack, by what they have in common."""
@@ -157,11 +157,19 @@ class _Crew:
                 kinds.setdefault(alike, []).append(i)
         return kinds
 
+    def _company(self, kind: tuple[Any, ...], place: int) -> list[Member]:
+        """The stack that the clients of one kind at a place were to train in, if they are only a part of it."""
+        whole = self._job.company
+        if whole is None:
+            return []
+        which = self._stacks(whole, place - place % self._cohort, self._cohort)[kind]
+        return [self._member(whole, i) for i in which]
+
     def _member(self, job: Train, i: int) -> Member:
         terms = job.terms[i] if job.terms else Terms()
         return Member(job.clients[i], local_schedule(self._here.config.train, job.epochs, job.lr, terms))
 
-    def _train(self, which: Sequence[int]) -> list[_Part]:
+    def _train(self, which: Sequence[int], company: Sequence[Member]) -> list[_Part]:
         """Train some clients together."""
         job, shared = self._job, self._shared
         modalities, terms = job.modalities[which[0]], self._terms[which[0]]
@@ -187,6 +195,7 @@ class _Crew:
                 job.requests,
                 self._meter,
                 self._cohort,
+                company,
             )
         parts = [([which[row] for row in rows], part) for rows, part in outcome.parts()]
         for some, part in parts:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -78,7 +79,9 @@ class StackedSGD:
         """One step of SGD with clipping, weight decay and momentum; tensors without gradient stay."""
         g = {n: t.contiguous() for n, t in gradients.items()}
         if self._clip is not None and g:
-            norm = torch.stack([t.flatten(1).square().sum(1) for t in g.values()]).sum(0).sqrt()
+            # Products of each client's own numbers: a sum over rows is ordered by how many rows there are.
+            flat = [t.flatten(1) for t in g.values()]
+            norm = functools.reduce(torch.add, [torch.bmm(t[:, None], t[..., None])[:, 0, 0] for t in flat]).sqrt()
             scale = torch.clamp(self._clip / (norm + 1e-6), max=1.0)
             g = {n: t * scale.reshape(-1, *[1] * (t.dim() - 1)) for n, t in g.items()}
         if not self._owned.issuperset(g):

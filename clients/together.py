@@ -30,23 +30,27 @@ def train_together(
     requests: Sequence[str],
     meter: Meter | None = None,
     cohort: int = 1,
+    company: Sequence[Member] = (),
 ) -> Outcome:
     """Train clients that own and train the same modalities, in stacks of `cohort`; several only if there is a stack.
 
     In the bootstrap (round 0) prototypes and confidences describe the model as received, as there is no trained
     model yet; afterwards they describe the client's own, trained model (CMSFed) except for the confidence, which
     always judges the received one (FedCMI). A workspace in bfloat16 gives its results in the format of `received`.
-    What is the clients' own in the broadcast ("client.") has a row a member.
+    What is the clients' own in the broadcast ("client.") has a row a member. `company` is the whole stack, if the
+    members are only a part of it (`clients.cohort.train_stack`).
     """
     stack = here.stack_for(cohort)
     objective = watched(here.objective) if METHOD in requests else here.objective
     requests = [r for r in requests if r != METHOD]
     if here.dtype == torch.bfloat16:
         low = cast(received, here.dtype), cast(broadcast, here.dtype)
-        found = _train_members(here, stack, objective, *low, members, modalities, round, requests, meter)
+        found = _train_members(here, stack, objective, *low, members, modalities, round, requests, meter, company)
         model = {n: t.to(received[n].dtype) for n, t in found.model.items()}
         return replace(found, model=model, report=cast(found.report, torch.float64))
-    return _train_members(here, stack, objective, received, broadcast, members, modalities, round, requests, meter)
+    return _train_members(
+        here, stack, objective, received, broadcast, members, modalities, round, requests, meter, company
+    )
 
 
 def _train_members(
@@ -60,6 +64,7 @@ def _train_members(
     round: int,
     requests: Sequence[str],
     meter: Meter | None,
+    company: Sequence[Member],
 ) -> Outcome:
     if stack is not None:
         result = train_stack(
@@ -74,6 +79,7 @@ def _train_members(
             round,
             requests,
             meter,
+            company,
         )
         model = {n: stack.plain(n, t) for n, t in result.model.items()}
         sends = objective.sent_blocks(objective.optional_blocks(blocks_of(model), modalities), result.report)

@@ -67,6 +67,15 @@ def _torch() -> Iterator[Finding]:
     yield Finding("compute", f"{torch.get_num_threads()} threads of {os.cpu_count()} cores, {gpu}")
 
 
+def _kernels() -> Iterator[Finding]:
+    """Without them everything works, several times as slowly."""
+    from fedmm import native
+
+    used = native.instructions()
+    off = "FEDMM_KERNELS is off" if os.environ.get("FEDMM_KERNELS") else "install a C compiler and reinstall fedmm"
+    yield Finding("compiled kernels", f"with {used} instructions" if used else f"none, hence slower: {off}")
+
+
 def _ray() -> Iterator[Finding]:
     from fedmm.engines import ray_instance
 
@@ -102,4 +111,4 @@ def _space() -> Iterator[Finding]:
     yield Finding("memory", f"{memory:.1f} GB free", memory >= MIN_MEMORY_GB, "lower engine.workers")
 
 
-CHECKS: tuple[Callable[[], Iterator[Finding]], ...] = (_python, _packages, _torch, _ray, _data, _space)
+CHECKS: tuple[Callable[[], Iterator[Finding]], ...] = (_python, _packages, _torch, _kernels, _ray, _data, _space)

@@ -63,6 +63,8 @@ class Train:
         each: Give back each client's model instead of sums.
         terms: Of each client; empty: nobody has terms of its own.
         personal: What each client is sent for itself (`fedmm.personal`); empty: nothing.
+        company: The job that this one is a part of. Clients are computed as they would be in their stack there, whose
+            shape their last bits can depend on.
     """
 
     round: int
@@ -81,9 +83,11 @@ class Train:
     each: bool = False
     terms: tuple[Terms, ...] = ()
     personal: tuple[Arrays, ...] = ()
+    company: Train | None = None
 
     def split(self) -> list[Train]:
         """The same work as jobs of one client each, which give models: others are in the same leaf of the tree."""
+        whole = replace(self.company or self, personal=())
         return [
             replace(
                 self,
@@ -95,6 +99,7 @@ class Train:
                 each=True,
                 terms=self.terms[i : i + 1],
                 personal=self.personal[i : i + 1],
+                company=whole,
             )
             for i, place in enumerate(self.places)
         ]

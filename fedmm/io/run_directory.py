@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
+from fedmm import native
 from fedmm.config.load import dump_config, load_config
 from fedmm.config.schema import Config
 from fedmm.errors import ConfigError, RunError
@@ -223,6 +224,11 @@ def _provenance(config: Config) -> dict[str, Any]:
         "command": shlex.join([Path(sys.argv[0]).name.replace("cli.py", "fedmm"), *sys.argv[1:]]),
         "seed": config.seed,
         "versions": {"python": platform.python_version()} | versions,
-        "hardware": {"machine": platform.machine(), "system": platform.system(), "cores": os.cpu_count()},
+        "hardware": {
+            "machine": platform.machine(),
+            "system": platform.system(),
+            "cores": os.cpu_count(),
+            "kernels": native.instructions(),
+        },
         "events": [],
     }

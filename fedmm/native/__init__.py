@@ -11,10 +11,12 @@ but for the gradients of convolutions, which are summed over the whole width of 
 from __future__ import annotations
 
 import ctypes
-import importlib.util
 import os
+import sys
 from collections.abc import Sequence
 from functools import lru_cache
+from importlib.machinery import PathFinder
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -30,7 +32,9 @@ _VERSION = 1
 def _load() -> ctypes.CDLL | None:
     if os.environ.get("FEDMM_KERNELS", "").lower() in ("off", "0"):
         return None
-    found = importlib.util.find_spec("fedmm.native.kernels")
+    # Beside this file, or in an installed fedmm while this one is an app that Flower has unpacked.
+    places = [Path(__file__).parent, *(Path(entry, "fedmm", "native") for entry in sys.path)]
+    found = PathFinder.find_spec("kernels", [str(place) for place in places])
     if found is None or found.origin is None:
         return None
     library = ctypes.CDLL(found.origin)

@@ -104,6 +104,7 @@ def test_a_client_split_off_its_stack_has_the_same_bits(jobs):
     assert [part.places for part in parts] == [(place,) for place in job.places]
     for part in parts:
         assert bits(part, shared) == {part.places[0]: whole[part.places[0]]}
+        assert part.split()[0].company == part.company
 
 
 def test_one_by_one_has_the_same_bits(jobs):
