@@ -261,8 +261,8 @@ class EngineConfig(Section):
     Attributes:
         workers: Processes of ray and of Flower's simulation.
         cohort: Clients that train as one stacked computation: "on", "off" (one by one), or "auto": what a short probe
-            at the start finds faster (for convolutions on a CPU: stacks up to 32 channels, without timing). Both give
-            the same weights to float tolerance.
+            at the start finds faster (on a CPU, convolutions of more than 32 channels train one by one, without
+            timing). Both give the same weights to float tolerance.
         cohort_size: Largest number of clients in a stack, a power of two. On a GPU hundreds of small clients fit.
         device: Where clients of inproc and ray train: "cpu", or "cuda" (all workers share the card).
     """
