@@ -6,7 +6,7 @@ image, as they lie in memory:
 
     y_r[o, n] = b[o] + sum over t of W[o, t] x[n + at(r, t)]        n: columns and samples, W' B
     dL/dW[o, t] = sum over r and n of dL/dy_r[o, n] x[n + at(r, t)]
-    dL/dx: a convolution of dL/dy, its numbers a stride apart, with the kernel turned round
+    dL/dx[i, n] = sum over o and t of W[o, i, t] dL/dy[o, n - at(t)], for positions n a stride apart at a time
 
 Max-pooling by 2 x 2 and ReLU that follow are done where two rows arise: of values of full size, none travels to memory.
 A client's bits do not depend on the others, but on the number of rows B of the batch.

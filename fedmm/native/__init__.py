@@ -267,7 +267,6 @@ def convolve_back(
     of_images = torch.empty_like(images) if needed[0] else None
     of_weight = images.new_empty(weight.shape)
     of_bias = images.new_empty(clients, outside) if needed[1] else None
-    turned = weight.flip(3, 4).transpose(1, 2).contiguous() if needed[0] else None
     layer = _convolution(
         clients, batch, inside, outside, (high, wide), kernel, *moves, int(pooled), int(rectified), weight.stride(0), 0
     )
@@ -275,7 +274,7 @@ def convolve_back(
         images.dtype is torch.float64,
         ctypes.addressof(layer),
         images.data_ptr(),
-        _at(turned),
+        weight.data_ptr(),
         gradient.data_ptr(),
         _at(which),
         _at(of_images),

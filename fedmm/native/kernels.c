@@ -31,7 +31,7 @@ struct normalisation {
 
 /* -- memory ------------------------------------------------------------------------------------------------------- */
 
-enum { COLUMNS_LEFT, IMAGE, WRAPPED, GRADIENT, OFFSETS, PLACES };
+enum { COLUMNS_LEFT, IMAGE, WRAPPED, GRADIENT, OFFSETS, BACK, FACTORS_BACK, FOUND, PLACES };
 
 static void *spare_bytes(int place, long bytes) {
     static _Thread_local struct {
@@ -201,9 +201,9 @@ void fedmm_convolve(int twice, const struct convolution *c, const void *x, const
     CALL(convolve, twice, c, x, weight, bias, out, which);
 }
 
-void fedmm_convolve_back(int twice, const struct convolution *c, const void *x, const void *turned, const void *gradient,
+void fedmm_convolve_back(int twice, const struct convolution *c, const void *x, const void *weight, const void *gradient,
                          const unsigned char *which, void *of_x, void *of_weight, void *of_bias) {
-    CALL(convolve_back, twice, c, x, turned, gradient, which, of_x, of_weight, of_bias);
+    CALL(convolve_back, twice, c, x, weight, gradient, which, of_x, of_weight, of_bias);
 }
 
 void fedmm_normalise(int twice, const struct normalisation *d, const void *x, const void *scale, const void *shift,
