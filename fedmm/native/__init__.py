@@ -44,6 +44,9 @@ def _load() -> ctypes.CDLL | None:
     for name, pointers in arguments.items():
         function = getattr(library, f"fedmm_{name}")
         function.argtypes, function.restype = [_INT, *[_POINTER] * pointers], None
+    for name in ("cross_entropy", "cross_entropy_back"):
+        function = getattr(library, f"fedmm_{name}")
+        function.argtypes, function.restype = [_INT, _LONG, _LONG, *[_POINTER] * 4], None
     library.fedmm_tree.argtypes, library.fedmm_tree.restype = [_INT, _LONG, _LONG, _LONG, *[_POINTER] * 3], None
     library.fedmm_level.argtypes, library.fedmm_level.restype = [_INT], _INT
     library.fedmm_level(-1)
@@ -378,6 +381,43 @@ def normalise_back(
         _at(of_shift),
     )
     return of_images, of_scale, of_shift
+
+
+def cross_entropy(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Cross-entropy of every row, and the probabilities, for `cross_entropy_back`.
+
+    Args:
+        logits: [..., C], in one piece.
+        labels: int64 [...], in one piece.
+    """
+    assert library is not None
+    losses, probabilities = logits.new_empty(labels.shape), torch.empty_like(logits)
+    library.fedmm_cross_entropy(
+        logits.dtype is torch.float64,
+        labels.numel(),
+        logits.shape[-1],
+        logits.data_ptr(),
+        labels.data_ptr(),
+        losses.data_ptr(),
+        probabilities.data_ptr(),
+    )
+    return losses, probabilities
+
+
+def cross_entropy_back(probabilities: Tensor, labels: Tensor, gradient: Tensor) -> Tensor:
+    """Gradient of the logits [..., C] from that of the losses [...]; all in one piece."""
+    assert library is not None
+    found = torch.empty_like(probabilities)
+    library.fedmm_cross_entropy_back(
+        probabilities.dtype is torch.float64,
+        labels.numel(),
+        probabilities.shape[-1],
+        probabilities.data_ptr(),
+        labels.data_ptr(),
+        gradient.data_ptr(),
+        found.data_ptr(),
+    )
+    return found
 
 
 def tree(held: Sequence[tuple[Sequence[int], Tensor]], weights: Tensor, leaf: int) -> Tensor:

@@ -5,6 +5,7 @@
 
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
+#include <math.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -69,6 +70,18 @@ static long *taps(const struct convolution *c, long channels, const long *whole,
     return at;
 }
 
+/* Numbers of two vectors by their places; older compilers know no vectors of other lengths. */
+#ifdef __has_builtin
+#if __has_builtin(__builtin_shufflevector)
+#define PARTS_OF_VECTORS
+#endif
+#endif
+#ifdef PARTS_OF_VECTORS
+#define MIXED(order, a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define MIXED(order, a, b, ...) __builtin_shuffle(a, b, (order){__VA_ARGS__})
+#endif
+
 /* -- every number format on every instruction set ------------------------------------------------------------------ */
 
 #define JOIN_(f, suffix) f##_##suffix
@@ -82,23 +95,31 @@ static long *taps(const struct convolution *c, long channels, const long *whole,
 #define DOUBLES 8
 #define COLUMNS 2
 #define CORRELATED 8
-#define TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,prefer-vector-width=512")))
+#define TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")))
 #define REAL float
 #define INTEGER int
+#define EXP expf
+#define LOG logf
 #define LANES 16
 #define SUFFIX f32_2
 #include "kernels.inc"
 #undef REAL
 #undef INTEGER
+#undef EXP
+#undef LOG
 #undef LANES
 #undef SUFFIX
 #define REAL double
 #define INTEGER long long
+#define EXP exp
+#define LOG log
 #define LANES 8
 #define SUFFIX f64_2
 #include "kernels.inc"
 #undef REAL
 #undef INTEGER
+#undef EXP
+#undef LOG
 #undef LANES
 #undef SUFFIX
 #undef ROWS
@@ -112,20 +133,28 @@ static long *taps(const struct convolution *c, long channels, const long *whole,
 #define TARGET __attribute__((target("avx2,fma")))
 #define REAL float
 #define INTEGER int
+#define EXP expf
+#define LOG logf
 #define LANES 8
 #define SUFFIX f32_1
 #include "kernels.inc"
 #undef REAL
 #undef INTEGER
+#undef EXP
+#undef LOG
 #undef LANES
 #undef SUFFIX
 #define REAL double
 #define INTEGER long long
+#define EXP exp
+#define LOG log
 #define LANES 4
 #define SUFFIX f64_1
 #include "kernels.inc"
 #undef REAL
 #undef INTEGER
+#undef EXP
+#undef LOG
 #undef LANES
 #undef SUFFIX
 #undef ROWS
@@ -145,15 +174,21 @@ static long *taps(const struct convolution *c, long channels, const long *whole,
 #define TARGET
 #define REAL float
 #define INTEGER int
+#define EXP expf
+#define LOG logf
 #define LANES 4
 #define SUFFIX f32_0
 #include "kernels.inc"
 #undef REAL
 #undef INTEGER
+#undef EXP
+#undef LOG
 #undef LANES
 #undef SUFFIX
 #define REAL double
 #define INTEGER long long
+#define EXP exp
+#define LOG log
 #define LANES 2
 #define SUFFIX f64_0
 #include "kernels.inc"
@@ -215,6 +250,16 @@ void fedmm_normalise_back(int twice, const struct normalisation *d, const void *
                           const void *gradient, const void *means, const void *scales, void *of_x, void *of_scale,
                           void *of_shift) {
     CALL(normalise_back, twice, d, x, scale, y, gradient, means, scales, of_x, of_scale, of_shift);
+}
+
+void fedmm_cross_entropy(int twice, long rows, long classes, const void *logits, const long long *labels, void *losses,
+                         void *probabilities) {
+    CALL(cross_entropy, twice, rows, classes, logits, labels, losses, probabilities);
+}
+
+void fedmm_cross_entropy_back(int twice, long rows, long classes, const void *probabilities, const long long *labels,
+                              const void *gradient, void *of_logits) {
+    CALL(cross_entropy_back, twice, rows, classes, probabilities, labels, gradient, of_logits);
 }
 
 void fedmm_tree(int twice, long span, long leaf, long numbers, const void *const *rows, const double *weights, double *out) {

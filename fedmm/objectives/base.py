@@ -41,6 +41,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from fedmm import native
 from fedmm.metrics.fields import Fields, Sizes
 from fedmm.models.blocks import modality_of
 from fedmm.models.multimodal import MultimodalModel
@@ -153,35 +154,32 @@ class Objective:
         return (tuple(modalities),)
 
 
-_FEW_CLASSES = 16
+_FEW_CLASSES = 32
 """Below this the library's cross-entropy, which goes row by row, leaves most of a vector register empty."""
 
 
 def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
     """CE of every sample, [..., B], from logits [..., B, C] and labels [..., B]."""
-    if y.dim() > 1 and logits.shape[-1] < _FEW_CLASSES and logits.dtype != torch.bfloat16:
-        return cast(Tensor, _StackedCrossEntropy.apply(logits, y))  # type: ignore[no-untyped-call]
+    if y.dim() > 1 and logits.shape[-1] < _FEW_CLASSES and native.usable(logits):
+        return cast(Tensor, _CrossEntropy.apply(logits, y))  # type: ignore[no-untyped-call]
     return F.cross_entropy(logits.flatten(0, -2), y.flatten(), reduction="none").view(y.shape)
 
 
-class _StackedCrossEntropy(torch.autograd.Function):
-    """CE = log sum_c exp(o_c) - o_y; its gradient is softmax(o) - onehot(y)."""
-
+class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, y: Tensor) -> Tensor:
-        label = y.unsqueeze(-1)
-        shifted = logits - logits.amax(-1, keepdim=True)
-        exponentials = shifted.exp()
-        total = exponentials.sum(-1, keepdim=True)
-        ctx.save_for_backward(exponentials, total, label)
-        return (total.log() - shifted.gather(-1, label)).squeeze(-1)
+        """The losses."""
+        labels = y.contiguous()
+        losses, probabilities = native.cross_entropy(logits.contiguous(), labels)
+        ctx.save_for_backward(probabilities, labels)
+        return losses
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        exponentials, total, label = ctx.saved_tensors
-        each = gradient.unsqueeze(-1)
-        return (exponentials * (each / total)).scatter_add_(-1, label, -each), None
+        """The gradient of the logits."""
+        probabilities, labels = ctx.saved_tensors
+        return native.cross_entropy_back(probabilities, labels, gradient.contiguous()), None
 
 
 def masked_mean(values: Tensor, mask: Tensor) -> Tensor:

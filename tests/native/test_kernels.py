@@ -14,6 +14,7 @@ from fedmm import native
 from fedmm.models.convolution import Geometry, convolve
 from fedmm.models.dense import dense
 from fedmm.models.innermost import group_norm
+from fedmm.objectives.base import cross_entropy
 
 CLOSE = {torch.float32: 2e-5, torch.float64: 1e-12}
 SHAPES = [(1, 1, 1), (3, 5, 7), (8, 16, 10), (13, 9, 33), (32, 40, 64), (7, 70, 100)]
@@ -209,3 +210,18 @@ def test_a_user_can_do_without():
 def test_a_library_of_another_version_is_passed_by(monkeypatch):
     monkeypatch.setattr(native, "_VERSION", -1)
     assert native._load() is None
+
+
+@pytest.mark.parametrize("classes", [1, 2, 10, 31])
+def test_cross_entropy(classes, dtype):
+    logits = (5 * draw(3, 12, classes, dtype=dtype)).requires_grad_()
+    y = torch.randint(0, classes, (3, 12), generator=torch.Generator().manual_seed(0))
+    reference = F.cross_entropy(logits.flatten(0, 1), y.flatten(), reduction="none").view(3, 12)
+    assert_gradients(cross_entropy(logits, y), reference, [logits])
+
+
+def test_a_label_that_names_no_class_has_no_loss():
+    logits = torch.zeros(1, 3, 4, requires_grad=True)
+    found = cross_entropy(logits, torch.tensor([[1, 4, -1]]))
+    assert found.isnan().tolist() == [[False, True, True]]
+    assert torch.autograd.grad(found[0, 0], logits)[0].isfinite().all()
