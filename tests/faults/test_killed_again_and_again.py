@@ -7,10 +7,10 @@ import time
 from dataclasses import dataclass
 
 import pytest
-from drill import living, result, settings, undisturbed
+from drill import result, settings, undisturbed
 
 from experiments.runner import CLIENT_APP, CREW, run
-from fedmm.engines.processes import descendants
+from fedmm.engines.processes import is_alive
 from fedmm.engines.ray_workers import RayGrid, RayPool
 
 WORKERS = 2
@@ -37,12 +37,6 @@ BLOWS = [
 assert sum(blow.victims for blow in BLOWS) == 10
 
 
-def workers():
-    """Process ids of the pool's workers, by the title that Ray gives them."""
-    mine, there = descendants(os.getpid()), living(os.getsid(0))
-    return [pid for pid, command in there.items() if pid in mine and command.startswith("ray::Worker")]
-
-
 class Battered(RayGrid):
     """A grid whose workers are killed as `BLOWS` says, each blow when all have recovered from the one before."""
 
@@ -56,7 +50,8 @@ class Battered(RayGrid):
             return
         blow = self.todo.pop(0)
         self._pool.wait(WORKERS)
-        there = workers()
+        # Not by their titles, which Ray gives them a little later.
+        there = [self._pool._pids[worker] for worker in self._pool._idle]
         assert len(there) == WORKERS, there
         killer = threading.Timer(0.15, self.kill, (there[: blow.victims], there))
         if blow.busy:
@@ -74,6 +69,9 @@ class Battered(RayGrid):
         for pid in victims:
             os.kill(pid, signal.SIGKILL)
             self.killed += 1
+            # Whoever is still dying could be taken for one that lives, and be killed again.
+            while is_alive(pid):
+                time.sleep(0.001)
         for pid in set(stopped) - set(victims):
             os.kill(pid, signal.SIGCONT)
 
