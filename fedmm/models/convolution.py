@@ -20,8 +20,8 @@ from typing import Any
 from torch import Tensor
 from torch.autograd.function import Function, once_differentiable
 
-from fedmm import native
 from fedmm.models.innermost import samples_innermost
+from fedmm.native import images as kernels
 
 Pair = tuple[int, int]
 
@@ -90,7 +90,7 @@ class _Convolution(Function):
         images = samples_innermost(x).movedim(1, -1)
         high, wide = geometry.size((images.shape[2], images.shape[3]))
         size = (high // 2, wide // 2) if pooled else (high, wide)
-        out, which, weight = native.convolve(images, weight, bias, geometry.moves, size, pooled, rectified)
+        out, which, weight = kernels.convolve(images, weight, bias, geometry.moves, size, pooled, rectified)
         ctx.save_for_backward(images, weight, which)
         ctx.how = geometry.moves, pooled, rectified
         return out.movedim(-1, 1)
@@ -102,7 +102,7 @@ class _Convolution(Function):
         images, weight, which = ctx.saved_tensors
         moves, pooled, rectified = ctx.how
         need_x, _, need_bias = ctx.needs_input_grad[:3]
-        of_images, of_weight, of_bias = native.convolve_back(
+        of_images, of_weight, of_bias = kernels.convolve_back(
             images,
             weight,
             gradient.movedim(1, -1).contiguous(),

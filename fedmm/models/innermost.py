@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fedmm import native
+from fedmm.native import images as kernels
 
 
 def samples_innermost(x: Tensor) -> Tensor:
@@ -64,7 +64,7 @@ class _GroupNorm(torch.autograd.Function):
     ) -> Tensor:
         """The normalised samples."""
         images = samples_innermost(x).movedim(1, -1)
-        out, means, scales, weight = native.normalise(images, weight, bias, groups, eps, rectified)
+        out, means, scales, weight = kernels.normalise(images, weight, bias, groups, eps, rectified)
         ctx.save_for_backward(images, weight, out if rectified else None, means, scales)
         return out.movedim(-1, 1)
 
@@ -73,7 +73,7 @@ class _GroupNorm(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of input, weight and bias."""
         images, weight, out, means, scales = ctx.saved_tensors
-        of_images, of_weight, of_bias = native.normalise_back(
+        of_images, of_weight, of_bias = kernels.normalise_back(
             images, weight, out, gradient.movedim(1, -1).contiguous(), means, scales, ctx.needs_input_grad[:3]
         )
         return None if of_images is None else of_images.movedim(-1, 1), of_weight, of_bias, None, None, None

@@ -22,8 +22,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-Pair = tuple[int, int]
-
 _POINTER, _LONG, _INT = ctypes.c_void_p, ctypes.c_long, ctypes.c_int
 _FORMATS = (torch.float32, torch.float64)
 _VERSION = 1
@@ -80,22 +78,6 @@ class _Dense(ctypes.Structure):
     )
 
 
-class _Convolution(ctypes.Structure):
-    _fields_ = (
-        *((n, _LONG) for n in ("clients", "batch", "inside", "outside")),
-        *((n, _LONG * 2) for n in ("size", "kernel", "stride", "padding", "dilation")),
-        *((n, _LONG) for n in ("pooled", "rectified", "of_weight", "of_bias")),
-    )
-
-
-class _Normalisation(ctypes.Structure):
-    _fields_ = (
-        *((n, _LONG) for n in ("clients", "groups", "channels", "positions", "batch", "rectified")),
-        *((n, _LONG) for n in ("of_scale", "of_shift")),
-        ("eps", ctypes.c_double),
-    )
-
-
 @lru_cache(maxsize=4096)
 def _dense(
     x: tuple[int, ...], outside: int, strides: tuple[int, ...], rectified: bool, weight: int, bias: int
@@ -103,22 +85,13 @@ def _dense(
     return _Dense(*x, outside, strides, rectified, weight, bias)
 
 
-@lru_cache(maxsize=4096)
-def _convolution(*numbers: int | Pair) -> _Convolution:
-    return _Convolution(*numbers)
-
-
-@lru_cache(maxsize=4096)
-def _normalisation(*numbers: float) -> _Normalisation:
-    return _Normalisation(*numbers)
-
-
-def _own(t: Tensor) -> Tensor:
+def own(t: Tensor) -> Tensor:
     """Parameters [K, ...] of which each client's lie in one piece; all may be the same one."""
     return t if t.is_contiguous() or t[0].is_contiguous() else t.contiguous()
 
 
-def _at(t: Tensor | None) -> int | None:
+def address(t: Tensor | None) -> int | None:
+    """Where a tensor's numbers begin, for a kernel."""
     return None if t is None else t.data_ptr()
 
 
@@ -135,14 +108,19 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, rectified: bool) -> t
         [K, B, out].
     """
     assert library is not None
-    weight, bias = _own(weight), None if bias is None else _own(bias)
+    weight, bias = own(weight), None if bias is None else own(bias)
     clients, rows, _ = shape = x.shape
     outside = weight.shape[2]
     out = x.new_empty(clients, rows, outside)
     apart = 0 if bias is None else bias.stride(0)
     layer = _dense(shape, outside, x.stride(), rectified, weight.stride(0), apart)
     library.fedmm_linear(
-        x.dtype is torch.float64, ctypes.addressof(layer), x.data_ptr(), weight.data_ptr(), _at(bias), out.data_ptr()
+        x.dtype is torch.float64,
+        ctypes.addressof(layer),
+        x.data_ptr(),
+        weight.data_ptr(),
+        address(bias),
+        out.data_ptr(),
     )
     return out, weight
 
@@ -179,208 +157,13 @@ def linear_back(
         ctypes.addressof(layer),
         x.data_ptr(),
         weight.data_ptr(),
-        _at(out),
+        address(out),
         gradient.data_ptr(),
-        _at(into),
-        _at(of_weight),
-        _at(of_bias),
+        address(into),
+        address(of_weight),
+        address(of_bias),
     )
     return of_x, of_weight, of_bias
-
-
-def convolve(
-    images: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    moves: tuple[Pair, Pair, Pair],
-    size: Pair,
-    pooled: bool,
-    rectified: bool,
-) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Each client's convolution, if wanted with max-pooling by 2 x 2 and ReLU behind it.
-
-    Args:
-        images: [K, I, H, W, B], in one piece.
-        weight: [K, O, I, h, w].
-        bias: [K, O].
-        moves: Strides, padding, dilation.
-        size: Height and width of what it gives.
-        pooled: Whether pooling follows.
-        rectified: Whether ReLU follows.
-
-    Returns:
-        [K, O, *size, B]; of the same shape which of four places each value comes from, if pooled, or that ReLU stopped
-        it, for `convolve_back`; the weights as that takes them.
-    """
-    assert library is not None
-    weight, bias = _own(weight), None if bias is None else _own(bias)
-    clients, inside, high, wide, batch = images.shape
-    out = images.new_empty(clients, weight.shape[1], *size, batch)
-    which = images.new_empty(out.shape, dtype=torch.uint8) if pooled or rectified else None
-    layer = _convolution(
-        clients,
-        batch,
-        inside,
-        weight.shape[1],
-        (high, wide),
-        (weight.shape[3], weight.shape[4]),
-        *moves,
-        int(pooled),
-        int(rectified),
-        weight.stride(0),
-        0 if bias is None else bias.stride(0),
-    )
-    library.fedmm_convolve(
-        images.dtype is torch.float64,
-        ctypes.addressof(layer),
-        images.data_ptr(),
-        weight.data_ptr(),
-        _at(bias),
-        out.data_ptr(),
-        _at(which),
-    )
-    return out, which, weight
-
-
-def convolve_back(
-    images: Tensor,
-    weight: Tensor,
-    gradient: Tensor,
-    which: Tensor | None,
-    moves: tuple[Pair, Pair, Pair],
-    pooled: bool,
-    rectified: bool,
-    needed: tuple[bool, bool],
-) -> tuple[Tensor | None, Tensor, Tensor | None]:
-    """Gradients of the images and of the biases, if needed, and of the weights.
-
-    Args:
-        images: [K, I, H, W, B], in one piece.
-        weight: [K, O, I, h, w], each client's in one piece.
-        gradient: Of what `convolve` gave, [K, O, *size, B], in one piece.
-        which: Of `convolve`.
-        moves: Strides, padding, dilation.
-        pooled: As for `convolve`.
-        rectified: As for `convolve`.
-        needed: Whether those of the images and of the biases are.
-    """
-    assert library is not None
-    clients, inside, high, wide, batch = images.shape
-    outside, kernel = weight.shape[1], (weight.shape[3], weight.shape[4])
-    of_images = torch.empty_like(images) if needed[0] else None
-    of_weight = images.new_empty(weight.shape)
-    of_bias = images.new_empty(clients, outside) if needed[1] else None
-    layer = _convolution(
-        clients, batch, inside, outside, (high, wide), kernel, *moves, int(pooled), int(rectified), weight.stride(0), 0
-    )
-    library.fedmm_convolve_back(
-        images.dtype is torch.float64,
-        ctypes.addressof(layer),
-        images.data_ptr(),
-        weight.data_ptr(),
-        gradient.data_ptr(),
-        _at(which),
-        _at(of_images),
-        of_weight.data_ptr(),
-        _at(of_bias),
-    )
-    return of_images, of_weight, of_bias
-
-
-def normalise(
-    images: Tensor, scale: Tensor | None, shift: Tensor | None, groups: int, eps: float, rectified: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Group normalisation of each sample, with ReLU behind it if wanted.
-
-    Args:
-        images: [K, C, ..., B], in one piece.
-        scale: Each client's factors [K, C].
-        shift: And what is added [K, C].
-        groups: Of channels.
-        eps: Added to the variance.
-        rectified: Whether ReLU follows.
-
-    Returns:
-        The normalised values; means and inverse deviations [K, groups, B], and the factors, for `normalise_back`.
-    """
-    assert library is not None
-    scale, shift = (None if t is None else _own(t) for t in (scale, shift))
-    clients, channels, batch = images.shape[0], images.shape[1], images.shape[-1]
-    out, means = torch.empty_like(images), images.new_empty(clients, groups, batch)
-    scales = torch.empty_like(means)
-    layer = _normalisation(
-        clients,
-        groups,
-        channels,
-        images[0, 0, ..., 0].numel(),
-        batch,
-        int(rectified),
-        0 if scale is None else scale.stride(0),
-        0 if shift is None else shift.stride(0),
-        eps,
-    )
-    library.fedmm_normalise(
-        images.dtype is torch.float64,
-        ctypes.addressof(layer),
-        images.data_ptr(),
-        _at(scale),
-        _at(shift),
-        out.data_ptr(),
-        means.data_ptr(),
-        scales.data_ptr(),
-    )
-    return out, means, scales, scale
-
-
-def normalise_back(
-    images: Tensor,
-    scale: Tensor | None,
-    out: Tensor | None,
-    gradient: Tensor,
-    means: Tensor,
-    scales: Tensor,
-    needed: tuple[bool, bool, bool],
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of the images, the factors and what is added, if needed.
-
-    Args:
-        images: [K, C, ..., B], in one piece.
-        scale: As `normalise` gave it.
-        out: What `normalise` gave, if ReLU was behind it.
-        gradient: Of that, in one piece.
-        means: Of `normalise`.
-        scales: Of `normalise`.
-        needed: Which of the three.
-    """
-    assert library is not None
-    clients, channels, batch = images.shape[0], images.shape[1], images.shape[-1]
-    of_images = torch.empty_like(images) if needed[0] else None
-    of_scale, of_shift = (images.new_empty(clients, channels) if wanted else None for wanted in needed[1:])
-    layer = _normalisation(
-        clients,
-        means.shape[1],
-        channels,
-        images[0, 0, ..., 0].numel(),
-        batch,
-        int(out is not None),
-        0 if scale is None else scale.stride(0),
-        0,
-        0.0,
-    )
-    library.fedmm_normalise_back(
-        images.dtype is torch.float64,
-        ctypes.addressof(layer),
-        images.data_ptr(),
-        _at(scale),
-        _at(out),
-        gradient.data_ptr(),
-        means.data_ptr(),
-        scales.data_ptr(),
-        _at(of_images),
-        _at(of_scale),
-        _at(of_shift),
-    )
-    return of_images, of_scale, of_shift
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
