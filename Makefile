@@ -15,7 +15,7 @@ help:
 	@echo "make test      run the tests and the linters"
 	@echo "make test-all  run the slow tests too"
 	@echo "make lint      run the linters alone"
-	@echo "make bench     time rounds against a bare loop, Flower and pfl (its main part takes 13 minutes; experiments/results/bench)"
+	@echo "make bench     time rounds against a bare loop, Flower and pfl (its main part takes 11 minutes; experiments/results/bench)"
 	@echo "make bench-add go on with a benchmark of the same code that was interrupted"
 	@echo "make bench-gpu time stacked clients on a GPU, where there is one"
 	@echo "make results   rebuild experiments/results (hours; can be interrupted and resumed)"

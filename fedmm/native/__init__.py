@@ -25,6 +25,8 @@ from torch import Tensor
 _POINTER, _LONG, _INT = ctypes.c_void_p, ctypes.c_long, ctypes.c_int
 _FORMATS = (torch.float32, torch.float64)
 _VERSION = 1
+_MOST_OF_A_LEAF = 8
+"""As kernels.c has it: more would write beyond the kernel's memory."""
 
 
 def _load() -> ctypes.CDLL | None:
@@ -209,9 +211,10 @@ def tree(held: Sequence[tuple[Sequence[int], Tensor]], weights: Tensor, leaf: in
     Args:
         held: Some places, and a row each, [n, numbers], in one piece; all of one type.
         weights: float64, one a place.
-        leaf: Places of a leaf.
+        leaf: Places of a leaf, at most 8.
     """
     assert library is not None
+    assert leaf <= _MOST_OF_A_LEAF
     first = held[0][1]
     out = first.new_empty(first.shape[1], dtype=torch.float64)
     at = np.zeros(len(weights), dtype=np.uintp)
