@@ -47,6 +47,15 @@ def failure(error: BaseException) -> tuple[str, int]:
 class Guarded(TyperGroup):
     """A command group that turns every exception of its commands into a message and an exit code."""
 
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Refuse what no file that we write could name."""
+        for text in args:
+            try:
+                text.encode()
+            except UnicodeEncodeError:
+                raise click.UsageError(f"{text!a} is not UTF-8; give names in UTF-8", ctx) from None
+        return super().parse_args(ctx, args)
+
     def invoke(self, ctx: click.Context) -> Any:
         """Run the chosen command."""
         try:

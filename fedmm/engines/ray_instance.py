@@ -11,7 +11,6 @@ import importlib
 import logging
 import os
 import re
-import shutil
 import signal
 import socket
 import subprocess
@@ -29,6 +28,7 @@ import ray
 from ray._private.ray_logging import stdout_deduplicator
 
 import fedmm
+from fedmm.engines import private_folder
 from fedmm.engines.processes import descendants, kill_tree
 from fedmm.errors import FedmmError, RunError
 
@@ -72,7 +72,8 @@ class _Keeper(threading.Thread):
     def __init__(self, workers: int, modules: Sequence[str]) -> None:
         super().__init__(name="fedmm-ray", daemon=True)
         # Ray's socket paths must stay below 108 bytes, which a long TMPDIR would exceed.
-        self.directory = tempfile.mkdtemp(prefix="fedmm-ray-", dir="/tmp" if os.path.isdir("/tmp") else None)
+        short = "/tmp" if os.path.isdir("/tmp") else tempfile.gettempdir()
+        self.directory = private_folder.claim("fedmm-ray-", short)
         self.ready, self.over = threading.Event(), threading.Event()
         self.error: BaseException | None = None
         self._workers, self._modules = workers, list(modules)
@@ -244,7 +245,7 @@ def _stop() -> None:
 def _clear(keeper: _Keeper) -> None:
     stdout_deduplicator.skip_re = SKIPPED_BEFORE
     keeper.over.set()
-    shutil.rmtree(keeper.directory, ignore_errors=True)
+    private_folder.remove(keeper.directory)
     _instance.directory = None
 
 

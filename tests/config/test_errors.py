@@ -39,6 +39,8 @@ def outcome(*arguments):
         ("train.lr='0.1'", ["train.lr", '"0.1"', "a number"]),
         ("train.lr=.nan", ["train.lr", "finite"]),
         ("train.lr=.inf", ["train.lr", "finite"]),
+        ("train.lr=1e39", ["train.lr", "1e+39", "at most 3.4e+38"]),
+        ("train.batch_size=9223372036854775808", ["train.batch_size", "at most 9.22e+18"]),
         ("scenario.modalities=true", ["scenario.modalities", "true", "a number"]),
         ("scenario.partition.alpha=0", ["scenario.partition.alpha", "greater than 0"]),
         ("scenario.partition.alpha=-1", ["scenario.partition.alpha", "-1", "greater than 0"]),

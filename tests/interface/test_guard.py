@@ -99,3 +99,9 @@ print("result")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
     assert done.stdout == "result\n"
     assert all(text in done.stderr for text in ("a library", "native code", "a child"))
+
+
+def test_a_name_that_is_not_utf8_is_refused_before_anything_is_done():
+    result = CliRunner().invoke(guarded(), ["fail", "run\udcff"])
+    assert result.exit_code == 2
+    assert "'run\\udcff' is not UTF-8" in result.stderr
