@@ -22,7 +22,7 @@ def test_a_stack_of_clients_is_measured_against_clients_alone():
     assert [r["clients"] for r in records] == [2, 3]
     assert len(records[0]["stacked"]) == len(records[0]["alone"]) == 1
     assert "alone" not in records[1]
-    assert records[0]["distance"] < 1e-5
+    assert records[0]["distance"] < 1e-12
     assert len(gpu.table(case, records, 10**9).rows) == 2
 
 
