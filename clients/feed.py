@@ -159,6 +159,7 @@ def everything_of(pool: Pool, starts: Counts, plan: Plan, modalities: Sequence[s
         torch.where(real, pool.y[at], 0),
         pool.classes,
         real,
+        pool.complete.intersection(modalities),
     )
 
 
@@ -170,6 +171,7 @@ def rows_of(data: ClientData, rows: Tensor) -> ClientData:
         data.y[rows],
         data.classes,
         None if data.real is None else data.real[rows],
+        data.whole,
     )
 
 

@@ -106,16 +106,30 @@ class Batch:
     index: Tensor
     weight: Tensor | None = None
 
+    @property
+    def whole(self) -> bool:
+        """Whether it is known that no sample lacks a modality."""
+        return isinstance(self.present, Presence) and self.present.whole.issuperset(self.x)
+
     def mean(self, values: Tensor) -> Tensor:
         """Mean of `values` [..., B] over a client's samples, [...]."""
         return values.mean(-1) if self.weight is None else (values * self.weight).sum(-1)
 
-    def rows(self, state: Tensor) -> Tensor:
-        """Rows [..., B, *rest] of per-sample state [..., N, *rest] that belong to this batch."""
-        if self.index.dim() == 1:
-            return state[self.index]
-        start = torch.arange(len(self.index), device=self.index.device).unsqueeze(1) * state.shape[1]
-        return state.flatten(0, 1)[self.index + start]
+    def rows(self, state: Tensor, slot: Tensor | None = None) -> Tensor:
+        """Rows [..., B, *rest] of per-sample state [..., N, *rest] that belong to this batch.
+
+        Args:
+            state: [..., N, *rest], or with `slot` [..., N, M, *rest].
+            slot: Which of the M entries of a row, int64 [...].
+        """
+        index = self.index
+        if slot is not None:
+            index = index * state.shape[index.dim()] + slot.unsqueeze(-1)
+            state = state.flatten(index.dim() - 1, index.dim())
+        if index.dim() == 1:
+            return state[index]
+        start = torch.arange(len(index), device=index.device).unsqueeze(1) * state.shape[1]
+        return state.flatten(0, 1).index_select(0, (index + start).flatten()).view(*index.shape, *state.shape[2:])
 
 
 @dataclass(frozen=True)

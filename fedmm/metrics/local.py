@@ -16,7 +16,7 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from fedmm.models.multimodal import MultimodalModel, evaluating
-from fedmm.types import ClientData, Outputs, Tensors
+from fedmm.types import ClientData, Outputs, Presence, Tensors
 
 _CHUNK = 512
 """Samples of a client that pass through a model at a time."""
@@ -49,6 +49,25 @@ def predict(model: MultimodalModel, data: ClientData) -> Outputs:
         {m: torch.cat([p.modality_logits[m] for p in parts], -2) for m in parts[0].modality_logits},
         {m: torch.cat([p.infiltration_logits[m] for p in parts], -2) for m in parts[0].infiltration_logits},
     )
+
+
+@torch.no_grad()
+def own_logits(model: MultimodalModel, data: ClientData) -> Tensors:
+    """Logits of the own heads [..., N, C] for all N samples, as `predict` gives them; zeros in rows that fill up."""
+    found: Tensors = {}
+    with evaluating(model):
+        for some, rows in _chunks(data):
+            at = (*some, rows)
+            x = {m: t[at] for m, t in data.x.items()}
+            present = Presence({m: t[at] for m, t in data.present.items()}, data.whole)
+            if some and some[0].stop < len(data.y):
+                own = {n: t[some] for n, t in model.named_parameters()}
+                out = functional_call(model, own, (x, present), {"own_alone": True}, tie_weights=False)
+            else:
+                out = model(x, present, own_alone=True)
+            for m, logits in out.modality_logits.items():
+                found.setdefault(m, logits.new_zeros(*data.y.shape, logits.shape[-1]))[at] = logits
+    return found
 
 
 def class_sums(features: Tensor, present: Tensor, y: Tensor, classes: int) -> tuple[Tensor, Tensor]:

@@ -91,24 +91,37 @@ class MultimodalModel(nn.Module):
             features[m] = torch.where(here.unsqueeze(-1), h, 0.0)
         return features
 
-    def decide(self, features: Tensors, present: Tensors) -> Outputs:
-        """Fused and own-head logits [..., B, C] from encoder features; modalities without features count as absent."""
-        mask, everywhere = self._masks(features, present)
-        own: Tensors = dict(features)
-        infiltration: Tensors = {}
-        if self.projector:
-            pairs = {m: cast(nn.ModuleDict, self.projector[m]) for m in features}
-            own = {m: pairs[m]["self"](h) for m, h in features.items()}
-            infiltration = {m: pairs[m]["infiltration"](h) for m, h in features.items()}
-            if not everywhere:
-                own, infiltration = ({m: mask[m] * z for m, z in each.items()} for each in (own, infiltration))
-        heads = {m: self._own(m, z) for m, z in own.items() if m in self.head}
-        logits = self._mean(heads, mask) if self.late else self.head["joint"](self._fuse(own, infiltration, mask))
-        return Outputs(logits, features, heads, {m: self._own(m, z) for m, z in infiltration.items() if m in self.head})
+    def decide(self, features: Tensors, present: Tensors, *, own_alone: bool = False) -> Outputs:
+        """Fused and own-head logits [..., B, C] from encoder features; modalities without features count as absent.
 
-    def forward(self, x: Tensors, present: Tensors) -> Outputs:
-        """Logits and features of a batch; see `Batch` for shapes."""
-        return self.decide(self.encode(x, present), present)
+        Args:
+            features: Of the modalities that there are.
+            present: Which samples have each.
+            own_alone: Leave fused and infiltration logits empty.
+        """
+        mask, everywhere = self._masks(features, present)
+        own = self._project("self", features, {} if everywhere else mask)
+        heads = self._judge(own)
+        if own_alone:
+            return Outputs(next(iter(features.values())).new_empty(0), features, heads)
+        infiltration = self._project("infiltration", features, {} if everywhere else mask) if self.projector else {}
+        logits = self._mean(heads, mask) if self.late else self.head["joint"](self._fuse(own, infiltration, mask))
+        return Outputs(logits, features, heads, self._judge(infiltration))
+
+    def forward(self, x: Tensors, present: Tensors, *, own_alone: bool = False) -> Outputs:
+        """Logits and features of a batch; see `Batch` for shapes and `decide` for `own_alone`."""
+        return self.decide(self.encode(x, present), present, own_alone=own_alone)
+
+    def _project(self, which: str, features: Tensors, mask: Tensors) -> Tensors:
+        """Behind one of the two projectors, zero by `mask`, if any; without projectors, the features themselves."""
+        if not self.projector:
+            return dict(features)
+        z = {m: cast(nn.ModuleDict, self.projector[m])[which](h) for m, h in features.items()}
+        return {m: mask[m] * each for m, each in z.items()} if mask else z
+
+    def _judge(self, z: Tensors) -> Tensors:
+        """Logits of own heads, of the modalities that have one."""
+        return {m: self._own(m, each) for m, each in z.items() if m in self.head}
 
     def _masks(self, features: Tensors, present: Tensors) -> tuple[Tensors, bool]:
         """Presence [..., B, 1] of each modality that has features, and whether no sample lacks one: then ones [1]."""

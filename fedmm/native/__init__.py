@@ -24,7 +24,7 @@ from torch import Tensor
 
 _POINTER, _LONG, _INT = ctypes.c_void_p, ctypes.c_long, ctypes.c_int
 _FORMATS = (torch.float32, torch.float64)
-_VERSION = 1
+_VERSION = 2
 _MOST_OF_A_LEAF = 8
 """As kernels.c has it: more would write beyond the kernel's memory."""
 
@@ -44,7 +44,7 @@ def _load() -> ctypes.CDLL | None:
     for name, pointers in arguments.items():
         function = getattr(library, f"fedmm_{name}")
         function.argtypes, function.restype = [_INT, *[_POINTER] * pointers], None
-    for name in ("cross_entropy", "cross_entropy_back"):
+    for name in ("cross_entropy", "cross_entropy_back", "soft_cross_entropy"):
         function = getattr(library, f"fedmm_{name}")
         function.argtypes, function.restype = [_INT, _LONG, _LONG, *[_POINTER] * 4], None
     library.fedmm_tree.argtypes, library.fedmm_tree.restype = [_INT, _LONG, _LONG, _LONG, *[_POINTER] * 3], None
@@ -203,6 +203,27 @@ def cross_entropy_back(probabilities: Tensor, labels: Tensor, gradient: Tensor) 
         found.data_ptr(),
     )
     return found
+
+
+def soft_cross_entropy(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Cross-entropy of every row with a distribution over classes, and the probabilities.
+
+    Args:
+        logits: [..., C], in one piece.
+        targets: Likewise; each row sums to 1.
+    """
+    assert library is not None
+    losses, probabilities = logits.new_empty(logits.shape[:-1]), torch.empty_like(logits)
+    library.fedmm_soft_cross_entropy(
+        logits.dtype is torch.float64,
+        losses.numel(),
+        logits.shape[-1],
+        logits.data_ptr(),
+        targets.data_ptr(),
+        losses.data_ptr(),
+        probabilities.data_ptr(),
+    )
+    return losses, probabilities
 
 
 def tree(held: Sequence[tuple[Sequence[int], Tensor]], weights: Tensor, leaf: int) -> Tensor:

@@ -262,12 +262,17 @@ void fedmm_cross_entropy_back(int twice, long rows, long classes, const void *pr
     CALL(cross_entropy_back, twice, rows, classes, probabilities, labels, gradient, of_logits);
 }
 
+void fedmm_soft_cross_entropy(int twice, long rows, long classes, const void *logits, const void *targets, void *losses,
+                              void *probabilities) {
+    CALL(soft_cross_entropy, twice, rows, classes, logits, targets, losses, probabilities);
+}
+
 void fedmm_tree(int twice, long span, long leaf, long numbers, const void *const *rows, const double *weights, double *out) {
     CALL(tree, twice, span, leaf, numbers, rows, weights, out);
 }
 
 /* Changes with what the functions take: fedmm/native/__init__.py passes by a library that another version built. */
-int fedmm_version(void) { return 1; }
+int fedmm_version(void) { return 2; }
 
 /* Use at most these instructions, -1: the best that the processor has; which are used. */
 int fedmm_level(int wanted) {

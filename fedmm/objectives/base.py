@@ -154,13 +154,13 @@ class Objective:
         return (tuple(modalities),)
 
 
-_FEW_CLASSES = 32
+FEW_CLASSES = 32
 """Below this the library's cross-entropy, which goes row by row, leaves most of a vector register empty."""
 
 
 def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
     """CE of every sample, [..., B], from logits [..., B, C] and labels [..., B]."""
-    if y.dim() > 1 and logits.shape[-1] < _FEW_CLASSES and native.usable(logits):
+    if y.dim() > 1 and logits.shape[-1] < FEW_CLASSES and native.usable(logits):
         return cast(Tensor, _CrossEntropy.apply(logits, y))  # type: ignore[no-untyped-call]
     return F.cross_entropy(logits.flatten(0, -2), y.flatten(), reduction="none").view(y.shape)
 

@@ -17,7 +17,8 @@ modality is a student W. Class-wise temperature, from the received model on the 
 Samples with a single modality (and uni-modal clients) train CE(out, y) alone, the infiltration feature filling the
 hole (see `MultimodalModel`).
 
-State: teacher logits of every sample, tau for each pair of modalities, the weight of L_CMI, received weights.
+State: teacher logits of every sample, tau for each pair of modalities, the weight of L_CMI, received weights. The
+gradients of all terms but the first with respect to logits are written down, weight (softmax(o) - target) / tau.
 Messages: none besides the model; `round_global` adds one confidence sum a modality up and one index down.
 Differences from the paper: none in the equations. More than two modalities: one dominant, all others are students.
 """
@@ -31,10 +32,11 @@ import torch
 from pydantic import NonNegativeFloat, NonNegativeInt
 from torch import Tensor
 
-from fedmm.metrics.local import predict
+from fedmm.metrics.local import own_logits
 from fedmm.models.blocks import modality_of
 from fedmm.models.multimodal import MultimodalModel
-from fedmm.objectives.base import Objective, anchor, cross_entropy, masked_mean, proximal, true_class
+from fedmm.objectives.base import Objective, anchor, cross_entropy, proximal, true_class
+from fedmm.objectives.closed_form import hard, hard_slopes, mean_weights, soft, softmax, whole_weights, with_gradient
 from fedmm.types import Batch, ClientData, Tensors
 
 
@@ -83,14 +85,14 @@ class Infiltration(Objective):
         found = slots == dominant.unsqueeze(-1)
         state["dominant"] = torch.where(found, torch.arange(len(names), device=dominant.device), -1).amax(-1)
         if bool(warm.any()):
-            logits = predict(model, data).modality_logits
+            logits = own_logits(model, data)
         else:
             logits = {m: torch.zeros(*data.y.shape, data.classes, device=data.y.device) for m in names}
         some = logits[names[0]]
         state["cmi_weight"] = warm.to(some.dtype) * self.lambda_cmi
-        state |= {f"sample.teacher.{m}": logits[m] for m in names}
+        state["sample.teacher"] = torch.stack([logits[m] for m in names], -2)
         state["tau"] = pairwise_temperature(
-            {m: _softmax(logits[m]) for m in names},
+            {m: softmax(logits[m]) for m in names},
             data.present,
             data.y,
             data.classes,
@@ -106,46 +108,33 @@ class Infiltration(Objective):
         names = tuple(batch.x)
         if len(names) < 2:
             return (loss,)
-        several = torch.stack([batch.present[m] for m in names]).sum(0) > 1
-        for m in names:
-            own = cross_entropy(out.modality_logits[m], batch.y)
-            loss = loss + self.lambda_self * masked_mean(own, batch.present[m] & several)
-        if self.lambda_cmi:
-            loss = loss + state["cmi_weight"] * self._infiltrate(
-                out.modality_logits, out.infiltration_logits, batch, state
-            )
-        return (loss,)
-
-    def _infiltrate(self, own: Tensors, infiltration: Tensors, batch: Batch, state: Tensors) -> Tensor:
-        names = tuple(batch.x)
-        confidence = true_class_confidence(own, batch.present, batch.y)
-        # A tie makes the last modality dominant, as rho > 1 is strict for the first.
-        local = len(names) - 1 - confidence.flip(-1).argmax(-1)
-        dominant = torch.where(state["dominant"] >= 0, state["dominant"], local)
-        teachers = [
-            batch.rows(state[f"sample.teacher.{m}"]) if self.teacher == "global" else own[m].detach() for m in names
-        ]
-        teacher, teacher_present, tau = teachers[0], batch.present[names[0]], state["tau"][..., 0, :, :]
-        for slot, m in enumerate(names[1:], 1):
-            leads = (dominant == slot).unsqueeze(-1)
-            teacher = torch.where(leads.unsqueeze(-1), teachers[slot], teacher)
-            teacher_present = torch.where(leads, batch.present[m], teacher_present)
-            tau = torch.where(leads.unsqueeze(-1), state["tau"][..., slot, :, :], tau)
-        total = teacher.new_zeros(())
-        for slot, m in enumerate(names):
-            scale = tau[..., slot, :].gather(-1, batch.y).unsqueeze(-1)
-            logits = infiltration[m] / scale
-            # - sum_c q_c log p_c, as the q_c sum to 1.
-            cross = logits.logsumexp(-1) - (_softmax(teacher / scale) * logits).sum(-1)
-            student = state[f"guided.{m}"] = batch.present[m] & teacher_present & (dominant != slot).unsqueeze(-1)
-            total = total + masked_mean(cross, student)
-        return total
+        own, taught = ([o[m] for m in names if o] for o in (out.modality_logits, out.infiltration_logits))
+        # All modalities side by side, [..., M, B, C]: as many operations as for one.
+        with torch.no_grad():
+            y = batch.y.unsqueeze(-2).expand(*batch.y.shape[:-1], len(names), -1).contiguous()
+            here, alike = torch.stack([batch.present[m] for m in names], -2), whole_weights(batch, loss.dtype)
+            logits = torch.stack(own, -3)
+            each, p = hard(logits, y)
+            share = here if alike is not None else here & (here.sum(-2, keepdim=True) > 1)
+            weight = self.lambda_self * (mean_weights(share, loss.dtype) if alike is None else alike.unsqueeze(-2))
+            weight = weight.expand(each.shape)
+            value, slopes = (each * weight).sum((-2, -1)), [(hard_slopes(p, y, weight), own)]
+            if self.lambda_cmi:
+                dominant = _dominant((-each).exp(), here, state["dominant"])
+                if self.teacher == "global":
+                    teacher = batch.rows(state["sample.teacher"], dominant)
+                else:
+                    teacher = _entry(logits, dominant)
+                term, slope = _infiltrate(torch.stack(taught, -3), teacher, dominant, y, here, alike, state)
+                value, slopes = value + term, [*slopes, (slope, taught)]
+        return (loss + with_gradient(value, *slopes),)
 
     def actions(self, batch: Batch, state: Tensors) -> Tensors:
         """Where each modality is a student, once the warm-up is over."""
-        return {
-            n: rows & (state["cmi_weight"] > 0).unsqueeze(-1) for n, rows in state.items() if n.startswith("guided.")
-        }
+        if "guided" not in state:
+            return {}
+        guided = state["guided"] & (state["cmi_weight"] > 0)[..., None, None]
+        return {f"guided.{m}": rows for m, rows in zip(batch.x, guided.unbind(-2), strict=True)}
 
     def edit_gradients(self, gradients: Tensors, parameters: Tensors, state: Tensors) -> Tensors:
         """Add the proximal term, if any."""
@@ -159,9 +148,53 @@ class Infiltration(Objective):
         return tuple(b for b in trained if not (b.startswith("head.") and modality_of(b)))
 
 
-def _softmax(logits: Tensor) -> Tensor:
-    """Softmax over the last axis, a few classes: `torch.softmax` takes several times as long there."""
-    return (logits - logits.logsumexp(-1, keepdim=True)).exp()
+def _dominant(truth: Tensor, here: Tensor, known: Tensor) -> Tensor:
+    """Slot [...] of the modality that leads: by the federation's verdict, if it is not -1, else by the batch.
+
+    Args:
+        truth: softmax(o_S^m)_y [..., M, B].
+        here: Presence [..., M, B]; samples that lack a modality do not count.
+        known: The federation's verdict [...].
+    """
+    sums = torch.where(here.all(-2, keepdim=True), truth, 0.0).sum(-1)
+    # A tie makes the last modality dominant, as rho > 1 is strict for the first.
+    local = sums.shape[-1] - 1 - sums.flip(-1).argmax(-1)
+    return torch.where(known >= 0, known, local)
+
+
+def _infiltrate(
+    taught: Tensor, teacher: Tensor, dominant: Tensor, y: Tensor, here: Tensor, alike: Tensor | None, state: Tensors
+) -> tuple[Tensor, Tensor]:
+    """L_CMI times its weight, [...], and its gradient with respect to the infiltration logits.
+
+    Args:
+        taught: o_I^m [..., M, B, C].
+        teacher: o_hat_S^D [..., B, C].
+        dominant: D [...].
+        y: Labels [..., M, B].
+        here: Presence [..., M, B].
+        alike: Weights of all samples' means [..., B], where no sample lacks a modality.
+        state: The objective's; is told who is a student.
+    """
+    tau = _entry(state["tau"], dominant).gather(-1, y)
+    # - sum_c q_c log p_c with q and p of the module's text.
+    q = hard(teacher.unsqueeze(-3) / tau.unsqueeze(-1), y)[1]
+    cross, p = soft(taught / tau.unsqueeze(-1), q)
+    others = (torch.arange(y.shape[-2], device=y.device) != dominant.unsqueeze(-1)).unsqueeze(-1)
+    if alike is None:
+        state["guided"] = here & others & _entry(here, dominant).unsqueeze(-2)
+        weight = mean_weights(state["guided"], cross.dtype)
+    else:
+        state["guided"], weight = here & others, others * alike.unsqueeze(-2)
+    weight = weight * state["cmi_weight"][..., None, None]
+    return (cross * weight).sum((-2, -1)), (p - q) * (weight / tau).unsqueeze(-1)
+
+
+def _entry(tensor: Tensor, slot: Tensor) -> Tensor:
+    """Entries [..., *rest] at the slots [...] of a tensor [..., M, *rest]."""
+    axis, rest = slot.dim(), tensor.shape[slot.dim() + 1 :]
+    at = slot.reshape(*slot.shape, 1, *[1] * len(rest)).expand(*slot.shape, 1, *rest)
+    return tensor.gather(axis, at).squeeze(axis)
 
 
 def true_class_confidence(logits: Tensors, present: Tensors, y: Tensor) -> Tensor:

@@ -68,10 +68,11 @@ def test_refused_without_a_measurement(overrides, largest, why):
 
 
 @pytest.mark.usefixtures("patient")
-def test_narrow_convolutions_are_stacked():
+def test_narrow_convolutions_are_timed_both_ways():
     verdict = probe(workspace("data=cgmnist", "data.samples=400"), 4)
-    assert verdict.cohort == 4
-    assert verdict.seconds[4] < verdict.seconds[1]
+    assert set(verdict.seconds) == {1, 4}
+    faster = verdict.seconds[4] <= clients.probe.FASTER * verdict.seconds[1]
+    assert verdict.cohort == (4 if faster else 1)
 
 
 def test_without_kernels_convolutions_are_not_stacked(monkeypatch):
