@@ -30,6 +30,12 @@ struct normalisation {
     double eps;
 };
 
+/* Features of a stack [K, M, rows, width] and centres [K, M, classes, width], that many numbers a client apart (0: all
+   share them), as the least squared distances [K, M] are. */
+struct attraction {
+    long clients, modalities, rows, classes, width, of_centres, of_least;
+};
+
 /* -- memory ------------------------------------------------------------------------------------------------------- */
 
 enum { COLUMNS_LEFT, IMAGE, WRAPPED, GRADIENT, OFFSETS, BACK, FACTORS_BACK, FOUND, PLACES };
@@ -265,6 +271,16 @@ void fedmm_cross_entropy_back(int twice, long rows, long classes, const void *pr
 void fedmm_soft_cross_entropy(int twice, long rows, long classes, const void *logits, const void *targets, void *losses,
                               void *probabilities) {
     CALL(soft_cross_entropy, twice, rows, classes, logits, targets, losses, probabilities);
+}
+
+void fedmm_distances(int twice, const struct attraction *d, const void *features, const void *centres, const void *least,
+                     void *out) {
+    CALL(distances, twice, d, features, centres, least, out);
+}
+
+void fedmm_pulls(int twice, const struct attraction *d, const void *features, const void *centres, const void *factors,
+                 void *out) {
+    CALL(pulls, twice, d, features, centres, factors, out);
 }
 
 void fedmm_tree(int twice, long span, long leaf, long numbers, const void *const *rows, const double *weights, double *out) {

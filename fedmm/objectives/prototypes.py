@@ -20,20 +20,20 @@ softmax; more than two modalities: W is the one with the smallest sum.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, cast
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import NonNegativeFloat
 from torch import Tensor
-from torch.autograd.function import once_differentiable
-from torch.nn import functional as F
 
+from fedmm import native
 from fedmm.metrics.local import class_sums, predict
 from fedmm.models.multimodal import MultimodalModel
+from fedmm.native.centres import distances, pulls
 from fedmm.objectives.base import Objective, cross_entropy
-from fedmm.types import Batch, ClientData, Presence, Tensors
+from fedmm.objectives.closed_form import hard, hard_slopes, mean_weights, whole_weights, with_gradient
+from fedmm.types import Batch, ClientData, Tensors
 
 _FAR = 1e4
 """Distance of a class without prototype: softmax ignores it."""
@@ -62,7 +62,7 @@ class Prototypes(Objective):
     weak: Literal["batch", "all"] = "batch"
 
     def begin(self, model: MultimodalModel, data: ClientData, broadcast: Tensors) -> Tensors:
-        """Global prototypes [C, d] of the owned modalities, and for v1 the client's own.
+        """Global prototypes [M, C, d] of the owned modalities, and for v1 the client's own.
 
         While a modality has no global prototypes (the bootstrap epoch), the client's own serve as both.
         """
@@ -79,67 +79,57 @@ class Prototypes(Objective):
         # Global prototypes are the same for all clients, and so is what their state consists of.
         if local or not bool(known.all()):
             state["known"] = known
-        return state | _centred(state[attracting], known)
+        return state | _centres(state[attracting], known)
 
     def losses(self, model: MultimodalModel, batch: Batch, state: Tensors) -> tuple[Tensor, ...]:
         """The loss of the module's text; one optimiser step."""
         out = model(batch.x, batch.present)
-        # All modalities side by side, [..., M, C, B]: as many operations as for one. Classes come before samples, as
-        # a softmax over a short last axis takes ten times as long.
-        features, (*leading, size) = tuple(out.features.values()), batch.y.shape
+        features = tuple(out.features.values())
+        # All modalities side by side, [..., M, B, C]: as many operations as for one.
         with torch.no_grad():
-            y = batch.y.view(*leading, 1, 1, size).expand(*leading, len(features), 1, size)
-            share, votes = _shares(batch, y, state.get("known"), state["middle"].dtype)
-            h = torch.stack(features, -3).to(state["middle"].dtype).sub_(state["middle"])
-            logits = _logits(h, state)
-            log_p = F.log_softmax(logits, -2)
-            own = log_p.gather(-2, y)
-            less = own.expm1()
-            chosen = torch.ones_like(own[..., :1]) if self.weak == "all" else weak_modality(less, votes)
-            share = share * chosen
-            r = log_p.exp_().scatter_(-2, y, less).mul_(share).div_(logits)
-        term = _log_likelihood(own, share, h, r, state["centred"], features)
-        loss = torch.sub(batch.mean(cross_entropy(out.logits, batch.y)), term, alpha=self.alpha)
+            y = batch.y.unsqueeze(-2).expand(*batch.y.shape[:-1], len(features), -1).contiguous()
+            h = torch.stack(features, -3).to(state["middle"].dtype)
+            share, votes = _shares(batch, y, state.get("known"), h.dtype)
+            logits = _distances(h, state)
+            each, p = hard(logits, y)
+            chosen = torch.ones_like(each[..., :1]) if self.weak == "all" else weak_modality((-each).expm1(), votes)
+            weight = self.alpha * share * chosen
+            slopes = _pulls(h, state, hard_slopes(p, y, weight).div_(logits)).to(features[0].dtype)
+            term = (each * weight).sum((-2, -1))
+        loss = batch.mean(cross_entropy(out.logits, batch.y)) + with_gradient(term, (slopes, features))
         if self.variant == "v1":
-            y = y.squeeze(-2)
             has = torch.stack([batch.present[m] for m in out.features], -2) & state["global_known"].gather(-1, y)
             away = torch.stack(features, -3) - _of_class(state["global"], y)
-            each = (away.square().sum(-1) + 1e-12).sqrt() * _mean_over(has, away.dtype)
-            loss = loss + self.beta * (each * chosen.squeeze(-1)).sum((-2, -1))
+            apart = (away.square().sum(-1) + 1e-12).sqrt() * mean_weights(has, away.dtype)
+            loss = loss + self.beta * (apart * chosen).sum((-2, -1))
         state["enhanced"] = chosen
         return (loss,)
 
     def actions(self, batch: Batch, state: Tensors) -> Tensors:
         """1 for each modality that has the prototype loss in the batch, else 0."""
-        chosen = state["enhanced"].flatten(-3)
+        chosen = state["enhanced"].flatten(-2)
         return {f"enhanced.{m}": chosen[..., slot] for slot, m in enumerate(batch.x)}
 
 
 def _shares(batch: Batch, y: Tensor, known: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Weight of each sample in a modality's mean, and in the choice of the weak one, [..., M or 1, 1, B].
+    """Weight of each sample in a modality's mean, and in the choice of the weak one, [..., M or 1, B].
 
     The mean is over samples that have the modality and a prototype of their class, the choice over those that have
     every modality.
 
     Args:
         batch: Samples.
-        y: Labels [..., M, 1, B].
+        y: Labels [..., M, B].
         known: Which classes have a prototype, bool [..., M, C]; None: all.
         dtype: Of the weights.
     """
-    weight = None if batch.weight is None else batch.weight.view(*batch.y.shape[:-1], 1, 1, -1)
-    whole = isinstance(batch.present, Presence) and batch.present.whole.issuperset(batch.x)
-    if whole and known is None and weight is not None and weight.dtype == dtype:
-        return weight, weight
-    have = torch.stack([batch.present[m] for m in batch.x], -2).unsqueeze(-2)
-    complete = have.all(-3, keepdim=True)
-    given = have if known is None else have & known.gather(-1, y.squeeze(-2)).unsqueeze(-2)
-    return _mean_over(given, dtype), complete if weight is None else complete * weight
-
-
-def _mean_over(given: Tensor, dtype: torch.dtype) -> Tensor:
-    """Weights [..., B] of those that are `given` in their mean."""
-    return given.to(dtype) / given.sum(-1, keepdim=True).clamp(min=1)
+    alike = whole_weights(batch, dtype)
+    if alike is not None and known is None:
+        return alike.unsqueeze(-2), alike.unsqueeze(-2)
+    have = torch.stack([batch.present[m] for m in batch.x], -2)
+    complete = have.all(-2, keepdim=True)
+    given = have if known is None else have & known.gather(-1, y)
+    return mean_weights(given, dtype), complete if batch.weight is None else complete * batch.weight.unsqueeze(-2)
 
 
 def _of_class(centres: Tensor, y: Tensor) -> Tensor:
@@ -172,79 +162,50 @@ def distance_logits(features: Tensor, prototypes: Tensor, known: Tensor) -> Tens
     return torch.where(known.unsqueeze(-2), -distance.to(features.dtype), -_FAR)
 
 
-def _centred(prototypes: Tensor, known: Tensor) -> Tensors:
-    """Prototypes [..., M, C, d] seen from their mean, for `_logits`; those unknown are far away.
+def _centres(prototypes: Tensor, known: Tensor) -> Tensors:
+    """What `_distances` and `_pulls` need of prototypes [..., M, C, d]; those unknown are far away.
 
-    Lengths are then of the size of the distances, and their squares lose few digits.
+    Seen from their mean, lengths are of the size of the distances, and their squares lose few digits.
     """
     c = prototypes.to(torch.promote_types(prototypes.dtype, torch.float32))
     middle = c.mean(-2, keepdim=True)
-    c = c - middle
-    squares = c.square().sum(-1, keepdim=True)
+    squares = (c - middle).square().sum(-1, keepdim=True)
     return {
         "middle": middle,
-        "centred": c,
-        "squares": torch.where(known.unsqueeze(-1), squares, _FAR**2),
+        "centres": torch.where(known.unsqueeze(-1), c, _FAR / c.shape[-1] ** 0.5),
         # Below that there are no digits left, and the direction of a gradient would be rounding alone.
         "least": (4 * torch.finfo(c.dtype).eps * squares.amax(-2, keepdim=True)).clamp(min=_SMALL**2),
     }
 
 
-def _logits(h: Tensor, state: Tensors) -> Tensor:
-    """-||h - C_c||_2 of centred features [..., M, B, d], [..., M, C, B]."""
-    length = torch.linalg.vector_norm(h, dim=-1).unsqueeze(-2)
-    squares = torch.addcmul(state["squares"], length, length).sub_(state["centred"] @ h.mT, alpha=2)
+def _distances(h: Tensor, state: Tensors) -> Tensor:
+    """-||h - C_c||_2 of features [..., M, B, d], [..., M, B, C]."""
+    if _natively(h):
+        return distances(h, state["centres"], state["least"])
+    h, c = h - state["middle"], state["centres"] - state["middle"]
+    length, reach = (torch.linalg.vector_norm(t, dim=-1) for t in (h, c))
+    squares = length.square().unsqueeze(-1) + reach.square().unsqueeze(-2) - 2 * (h @ c.mT)
     return torch.maximum(squares, state["least"]).sqrt_().neg_()
 
 
-def _log_likelihood(own: Tensor, share: Tensor, h: Tensor, r: Tensor, c: Tensor, features: Sequence[Tensor]) -> Tensor:
-    """Sum over modalities and samples of share log p_y, [...], whose gradient with respect to h has a closed form.
-
-    - sum_c r_c (h - C_c),    r_c = share (1[c = y] - p_c) / ||h - C_c||
-
-    Args:
-        own: log p_y [..., M, 1, B].
-        share: [..., M, 1, B].
-        h: Centred features [..., M, B, d].
-        r: [..., M, C, B].
-        c: Centred prototypes [..., M, C, d].
-        features: The features h was made of, [..., B, d] each.
-    """
-    if h.dim() > 3:
-        return cast(Tensor, _Sloped.apply(own, share, h, r, c, *features))  # type: ignore[no-untyped-call]
-    with torch.no_grad():
-        value, slopes = (own * share).sum(), _slopes(h, r, c)
-    line = torch.stack([(x * slope).sum() for x, slope in zip(features, slopes, strict=True)]).sum()
-    return value + (line - line.detach())
+def _pulls(h: Tensor, state: Tensors, r: Tensor) -> Tensor:
+    """sum_c r_c (h - C_c) [..., M, B, d] for factors [..., M, B, C]."""
+    if _natively(h):
+        return pulls(h, state["centres"], r)
+    h, c = h - state["middle"], state["centres"] - state["middle"]
+    return r.sum(-1, keepdim=True) * h - r @ c
 
 
-class _Sloped(torch.autograd.Function):
-    """`_log_likelihood` of a stack."""
-
-    @staticmethod
-    def forward(ctx: Any, own: Tensor, share: Tensor, h: Tensor, r: Tensor, c: Tensor, *features: Tensor) -> Tensor:
-        ctx.save_for_backward(h, r, c)
-        return (own * share).sum((-3, -2, -1))
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        h, r, c = ctx.saved_tensors
-        return None, None, None, None, None, *_slopes(h, r * gradient.view(-1, 1, 1, 1), c)
-
-
-def _slopes(h: Tensor, r: Tensor, c: Tensor) -> tuple[Tensor, ...]:
-    """The gradient that `_log_likelihood` names, [..., B, d] of each modality."""
-    r = r.mT
-    return (r @ c).addcmul_(h, r.sum(-1, keepdim=True), value=-1).unbind(-3)
+def _natively(h: Tensor) -> bool:
+    return h.dim() > 3 and native.usable(h)
 
 
 def weak_modality(truth: Tensor, votes: Tensor) -> Tensor:
-    """1 for the modality with the smallest sum of true-class probabilities, 0 for the others, [..., M, 1, 1].
+    """1 for the modality with the smallest sum of true-class probabilities, 0 for the others, [..., M, 1].
 
     Args:
-        truth: softmax(l^m)_{y_i}, or less the same for all, [..., M, 1, B].
-        votes: Weight of each sample [..., 1, 1, B]; a single modality is enhanced whatever they are.
+        truth: softmax(l^m)_{y_i}, or less the same for all, [..., M, B].
+        votes: Weight of each sample [..., 1, B]; a single modality is enhanced whatever they are.
     """
     sums = (truth * votes).sum(-1, keepdim=True)
-    return torch.zeros_like(sums).scatter_(-3, sums.argmin(-3, keepdim=True), 1.0)
+    return torch.zeros_like(sums).scatter_(-2, sums.argmin(-2, keepdim=True), 1.0)

@@ -14,6 +14,7 @@ from fedmm import native
 from fedmm.models.convolution import Geometry, convolve
 from fedmm.models.dense import dense
 from fedmm.models.innermost import group_norm
+from fedmm.native.centres import distances, pulls
 from fedmm.objectives.base import cross_entropy
 
 CLOSE = {torch.float32: 2e-5, torch.float64: 1e-12}
@@ -234,3 +235,20 @@ def test_soft_cross_entropy(classes, dtype):
     reference = F.cross_entropy(logits.flatten(0, 1), targets.flatten(0, 1), reduction="none").view(3, 12)
     assert torch.allclose(losses, reference, rtol=CLOSE[dtype], atol=CLOSE[dtype])
     assert torch.allclose(probabilities, logits.softmax(-1), rtol=CLOSE[dtype], atol=CLOSE[dtype])
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize(("classes", "width"), [(2, 3), (10, 64), (37, 20)])
+def test_distances_to_centres_and_pulls(classes, width, shared, dtype):
+    h = draw(3, 2, 5, width, dtype=dtype)
+    centres = draw(1 if shared else 3, 2, classes, width, dtype=dtype, seed=1)
+    centres = centres.expand(3, *centres.shape[1:])
+    h[1, 0, 2] = centres[1, 0, 1]  # on a centre
+    least, r = torch.full((3, 2, 1, 1), 0.01, dtype=dtype), draw(3, 2, 5, classes, dtype=dtype, seed=2)
+    apart = h.unsqueeze(-2) - centres.unsqueeze(-3)
+    expected = -apart.square().sum(-1).clamp(min=0.01).sqrt()
+    found = distances(h, centres, least)
+    assert torch.allclose(found, expected, rtol=CLOSE[dtype], atol=CLOSE[dtype])
+    assert float(found[1, 0, 2, 1]) == pytest.approx(-0.1)
+    pulled = pulls(h, centres, r)
+    assert torch.allclose(pulled, (r.unsqueeze(-1) * apart).sum(-2), rtol=10 * CLOSE[dtype], atol=10 * CLOSE[dtype])
