@@ -66,11 +66,13 @@ class Prototypes(Objective):
 
         While a modality has no global prototypes (the bootstrap epoch), the client's own serve as both.
         """
-        names = data.modalities
+        names, dtype, state = data.modalities, next(iter(data.x.values())).dtype, dict[str, Tensor]()
         unmet = any(f"prototype.{m}" not in broadcast for m in names)
         local = local_prototypes(model, data) if unmet or self.variant == "v1" else {}
-        sources = {"global": local | broadcast} | ({"local": local} if self.variant == "v1" else {})
-        dtype, state = next(iter(data.x.values())).dtype, {}
+        # Clients of a stack see the same global prototypes: what follows from them is found once.
+        alike = data.y.dim() > 1 and not local
+        given = {n: t[:1] for n, t in broadcast.items() if n.startswith("prototype")} if alike else broadcast
+        sources = {"global": local | given} | ({"local": local} if self.variant == "v1" else {})
         for kind, source in sources.items():
             state[kind] = torch.stack([source[f"prototype.{m}"].to(dtype) for m in names], -3)
             state[f"{kind}_known"] = torch.stack([source[f"prototype_count.{m}"] > 0 for m in names], -2)
@@ -79,7 +81,8 @@ class Prototypes(Objective):
         # Global prototypes are the same for all clients, and so is what their state consists of.
         if local or not bool(known.all()):
             state["known"] = known
-        return state | _centres(state[attracting], known)
+        state |= _centres(state[attracting], known)
+        return {n: t.expand(len(data.y), *t.shape[1:]) for n, t in state.items()} if alike else state
 
     def losses(self, model: MultimodalModel, batch: Batch, state: Tensors) -> tuple[Tensor, ...]:
         """The loss of the module's text; one optimiser step."""
