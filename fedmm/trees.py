@@ -70,8 +70,8 @@ def run_sum(terms: Mapping[str, Held], weights: Tensor, leaf: int) -> Tensors:
     span, sizes = len(weights), {n: held[0][1][0].numel() for n, held in terms.items()}
     if span == 1:
         return {n: rows[0].to(torch.float64) * weights[0] for n, ((_, rows),) in terms.items()}
-    if all(native.usable(*(rows for _, rows in held)) for held in terms.values()):
-        return {n: _natively(held, weights, leaf) for n, held in terms.items()}
+    if native.usable(*(rows for held in terms.values() for _, rows in held)):
+        return _natively(terms, weights, leaf)
     width = _COLUMNS if weights.device.type == "cpu" else max(_COLUMNS, _ON_CARD // span)
     # Leaves without a term are left out: row of each place in those that remain.
     inhabited = sorted({place // leaf for held in terms.values() for which, _ in held for place in which})
@@ -121,13 +121,22 @@ def run_sum(terms: Mapping[str, Held], weights: Tensor, leaf: int) -> Tensors:
     return found
 
 
-def _natively(held: Held, weights: Tensor, leaf: int) -> Tensor:
-    """The node of one tensor, by the compiled kernel."""
-    shape, axes = held[0][1].shape, _axes(held[0][1])
-    flat = [(which, rows.permute(0, *axes).reshape(len(which), -1)) for which, rows in held]
-    whole = [(which, rows if rows[0].is_contiguous() else rows.contiguous()) for which, rows in flat]
-    total = native.tree(whole, weights, leaf)
-    return total.view([shape[a] for a in axes]).permute(sorted(range(len(axes)), key=axes.__getitem__))
+def _natively(terms: Mapping[str, Held], weights: Tensor, leaf: int) -> Tensors:
+    """The node, by the compiled kernel."""
+    axes = [_axes(held[0][1]) for held in terms.values()]
+    flat = [
+        [(which, _in_one_piece(rows.permute(0, *order).reshape(len(which), -1))) for which, rows in held]
+        for held, order in zip(terms.values(), axes, strict=True)
+    ]
+    found: Tensors = {}
+    for (n, held), order, total in zip(terms.items(), axes, native.trees(flat, weights, leaf), strict=True):
+        shape = held[0][1].shape
+        found[n] = total.view([shape[a] for a in order]).permute(sorted(range(len(order)), key=order.__getitem__))
+    return found
+
+
+def _in_one_piece(rows: Tensor) -> Tensor:
+    return rows if rows[0].is_contiguous() else rows.contiguous()
 
 
 def _pairs(leaves: Mapping[int, Tensor], count: int) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:

@@ -19,6 +19,7 @@ from importlib.machinery import PathFinder
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -48,7 +49,7 @@ def _load() -> ctypes.CDLL | None:
     for name in ("cross_entropy", "cross_entropy_back", "soft_cross_entropy"):
         function = getattr(library, f"fedmm_{name}")
         function.argtypes, function.restype = [_INT, _LONG, _LONG, *[_POINTER] * 4], None
-    library.fedmm_tree.argtypes, library.fedmm_tree.restype = [_INT, _LONG, _LONG, _LONG, *[_POINTER] * 3], None
+    library.fedmm_trees.argtypes, library.fedmm_trees.restype = [_INT, _LONG, _LONG, _LONG, *[_POINTER] * 4], None
     library.fedmm_level.argtypes, library.fedmm_level.restype = [_INT], _INT
     library.fedmm_level(-1)
     return library
@@ -227,28 +228,33 @@ def soft_cross_entropy(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]
     return losses, probabilities
 
 
-def tree(held: Sequence[tuple[Sequence[int], Tensor]], weights: Tensor, leaf: int) -> Tensor:
-    """Node of the tree of `fedmm.trees` above a power of two of places: float64 [numbers].
+def trees(held: Sequence[Sequence[tuple[Sequence[int], Tensor]]], weights: Tensor, leaf: int) -> tuple[Tensor, ...]:
+    """Nodes of the tree of `fedmm.trees` above a power of two of places, float64 [numbers] of each of some tensors.
 
     Args:
-        held: Some places, and a row each, [n, numbers], in one piece; all of one type.
+        held: Of each tensor, some places, and a row each, [n, numbers], in one piece; all of one type.
         weights: float64, one a place.
         leaf: Places of a leaf, at most 8.
     """
     assert library is not None
     assert leaf <= _MOST_OF_A_LEAF
-    first = held[0][1]
-    out = first.new_empty(first.shape[1], dtype=torch.float64)
-    at = np.zeros(len(weights), dtype=np.uintp)
-    for places, rows in held:
-        at[list(places)] = rows.data_ptr() + np.arange(len(places)) * (rows.stride(0) * rows.itemsize)
-    library.fedmm_tree(
-        first.dtype is torch.float64,
+    rows = np.zeros((len(held), len(weights)), dtype=np.uintp)
+    known: dict[int, npt.NDArray[np.intp]] = {}
+    for mine, parts in zip(rows, held, strict=True):
+        for places, part in parts:
+            if id(places) not in known:
+                known[id(places)] = np.asarray(places, dtype=np.intp)
+            mine[known[id(places)]] = np.arange(len(places)) * (part.stride(0) * part.itemsize) + part.data_ptr()
+    numbers = np.array([parts[0][1].shape[1] for parts in held], dtype=np.int_)
+    out = weights.new_empty(int(numbers.sum()))
+    library.fedmm_trees(
+        held[0][0][1].dtype is torch.float64,
+        len(held),
         len(weights),
         leaf,
-        first.shape[1],
-        at.ctypes.data,
+        numbers.ctypes.data,
+        rows.ctypes.data,
         weights.data_ptr(),
         out.data_ptr(),
     )
-    return out
+    return torch.split(out, numbers.tolist())

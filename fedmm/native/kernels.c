@@ -283,8 +283,11 @@ void fedmm_pulls(int twice, const struct attraction *d, const void *features, co
     CALL(pulls, twice, d, features, centres, factors, out);
 }
 
-void fedmm_tree(int twice, long span, long leaf, long numbers, const void *const *rows, const double *weights, double *out) {
-    CALL(tree, twice, span, leaf, numbers, rows, weights, out);
+/* Of `count` tensors, of numbers[i] numbers each, rows [count, span]; what they give lies in `out` one after another. */
+void fedmm_trees(int twice, long count, long span, long leaf, const long *numbers, const void *const *rows,
+                 const double *weights, double *out) {
+    for (long i = 0; i < count; out += numbers[i++])
+        CALL(tree, twice, span, leaf, numbers[i], rows + i * span, weights, out);
 }
 
 /* Changes with what the functions take: fedmm/native/__init__.py passes by a library that another version built. */

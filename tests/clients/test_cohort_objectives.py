@@ -162,6 +162,7 @@ BY_PLACE = ("moon", "arm")
 """PyTorch rounds softplus, and products of very small matrices, by their place among the clients' numbers."""
 
 
+@pytest.mark.kernels
 @pytest.mark.parametrize(
     "params", [p for p in CASES if p["name"] not in BY_PLACE], ids=lambda p: "-".join(str(v) for v in p.values())
 )

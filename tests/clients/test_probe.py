@@ -55,7 +55,12 @@ def test_small_dense_models_are_timed_both_ways():
 @pytest.mark.parametrize(
     ("overrides", "largest", "why"),
     [
-        (["data=cgmnist", "data.samples=400", "model.width=64"], 4, "128 channels are faster one by one"),
+        pytest.param(
+            ["data=cgmnist", "data.samples=400", "model.width=64"],
+            4,
+            "128 channels are faster one by one",
+            marks=pytest.mark.kernels,
+        ),
         (["objective=remixing", "model.unimodal_heads=true"], 4, "does not stack"),
         ([], 1, "too few"),
     ],
@@ -67,6 +72,7 @@ def test_refused_without_a_measurement(overrides, largest, why):
     assert not verdict.seconds
 
 
+@pytest.mark.kernels
 @pytest.mark.usefixtures("patient")
 def test_narrow_convolutions_are_timed_both_ways():
     verdict = probe(workspace("data=cgmnist", "data.samples=400"), 4)

@@ -97,6 +97,7 @@ def bits(job, shared):
     return {s.place: {n: a.tobytes() for n, a in s.model.items()} for s in work(job, shared).singles}
 
 
+@pytest.mark.kernels
 def test_a_client_split_off_its_stack_has_the_same_bits(jobs):
     job, shared = jobs
     whole = bits(job, shared)
@@ -107,6 +108,7 @@ def test_a_client_split_off_its_stack_has_the_same_bits(jobs):
         assert part.split()[0].company == part.company
 
 
+@pytest.mark.kernels
 def test_one_by_one_has_the_same_bits(jobs):
     job, shared = jobs
     assert bits(replace(job, cohort=1), shared) == bits(job, shared)

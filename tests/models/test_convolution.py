@@ -12,6 +12,8 @@ from fedmm.models.dense import dense
 from fedmm.models.innermost import flat_samples, group_norm, samples_innermost
 from fedmm.models.stacked import Pool
 
+pytestmark = pytest.mark.kernels
+
 CLIENTS, BATCH = 2, 3
 GEOMETRIES = [
     Geometry(*pairs)
