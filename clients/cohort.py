@@ -141,7 +141,7 @@ def train_stack(
     renews = type(objective).renew is not Objective.renew
     weights, losses, parts = _train(
         stack,
-        received,
+        shared,
         trained,
         objective,
         pool,
@@ -186,7 +186,7 @@ def _planned(members: Sequence[Member], pool: Pool) -> tuple[Counts, Plan]:
 
 def _train(
     stack: Stack,
-    received: Tensors,
+    shared: Tensors,
     trained: Sequence[str],
     objective: Objective,
     pool: Pool,
@@ -209,13 +209,13 @@ def _train(
     # Samples of each step that belongs to its client's last epoch, whose losses are reported.
     last = plan.sizes.T * (np.arange(len(plan.active))[:, None] >= plan.steps - plan.epoch_steps)
     counts_at: list[bool] = np.any(last, axis=1).tolist()
-    dtype = next(iter(received.values())).dtype
+    dtype = next(iter(shared.values())).dtype
     drawn = draw(plan, [seeding.derive(seed, "batches", round, m.client) for m in members])
     feed = batches(pool, modalities, starts, plan, drawn, dtype)
     noisy = type(objective).noise is not Objective.noise
     generators = [seeding.torch_rng(seed, "noise", round, m.client) for m in members] if noisy else []
     seen_losses: list[Tensor] = []
-    optimiser = StackedSGD(stack, received, trained, count, members[0].schedule)
+    optimiser = StackedSGD(stack, shared, trained, members[0].schedule)
     kept = [n for n in state if n.startswith("kept.")]
     active, mine, parts = -1, state, 1
     for step in range(len(plan.active)):

@@ -35,24 +35,20 @@ class StackedSGD:
 
     Args:
         stack: The model's stacked twin, to which the weights are bound.
-        received: Global model, in the plain layout.
+        shared: Received tensors, the same for all clients, [K, ...] in the stack's layout (`Stack.expand_all`).
         trained: Names of the tensors that train.
-        count: Clients K.
         schedule: Rates.
     """
 
-    def __init__(
-        self, stack: Stack, received: Tensors, trained: Sequence[str], count: int, schedule: LocalSchedule
-    ) -> None:
+    def __init__(self, stack: Stack, shared: Tensors, trained: Sequence[str], schedule: LocalSchedule) -> None:
         self._stack = stack
         self._lr, self._momentum = schedule.lr, schedule.momentum
         self._decay, self._clip = schedule.weight_decay, schedule.clip
-        shared = stack.expand_all(received, count)
         self._w = {n: shared[n] for n in trained}
         self._fixed = {n: t for n, t in shared.items() if n not in self._w}
         self._v: Tensors = {}
         self._owned: set[str] = set()
-        self._count = self._active = count
+        self._count = self._active = len(next(iter(shared.values())))
         self._bound: Tensors | None = None
         self._moving: _Moving | None = None
 
