@@ -29,7 +29,7 @@ from fedmm.metrics.fields import Field, Fields, Sizes, evaluation_fields
 from fedmm.metrics.local import evaluate, predict
 from fedmm.metrics.shapley import coalition_sums, coalitions, fused, orders_of, shapley
 from fedmm.models.multimodal import MultimodalModel
-from fedmm.objectives.infiltration import true_class_confidence
+from fedmm.objectives.base import true_class_confidence
 from fedmm.objectives.ogm import contributions
 from fedmm.types import ClientData, Tensors
 

@@ -170,21 +170,22 @@ def linear_back(
     return of_x, of_weight, of_bias
 
 
-def cross_entropy(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+def cross_entropy(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Cross-entropy of every row, and the probabilities, for `cross_entropy_back`.
 
     Args:
         logits: [..., C], in one piece.
-        labels: int64 [...], in one piece.
+        targets: Labels, int64 [...], or distributions over classes [..., C], in one piece.
     """
     assert library is not None
-    losses, probabilities = logits.new_empty(labels.shape), torch.empty_like(logits)
-    library.fedmm_cross_entropy(
+    find = library.fedmm_soft_cross_entropy if targets.is_floating_point() else library.fedmm_cross_entropy
+    losses, probabilities = logits.new_empty(logits.shape[:-1]), torch.empty_like(logits)
+    find(
         logits.dtype is torch.float64,
-        labels.numel(),
+        losses.numel(),
         logits.shape[-1],
         logits.data_ptr(),
-        labels.data_ptr(),
+        targets.data_ptr(),
         losses.data_ptr(),
         probabilities.data_ptr(),
     )
@@ -205,27 +206,6 @@ def cross_entropy_back(probabilities: Tensor, labels: Tensor, gradient: Tensor) 
         found.data_ptr(),
     )
     return found
-
-
-def soft_cross_entropy(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Cross-entropy of every row with a distribution over classes, and the probabilities.
-
-    Args:
-        logits: [..., C], in one piece.
-        targets: Likewise; each row sums to 1.
-    """
-    assert library is not None
-    losses, probabilities = logits.new_empty(logits.shape[:-1]), torch.empty_like(logits)
-    library.fedmm_soft_cross_entropy(
-        logits.dtype is torch.float64,
-        losses.numel(),
-        logits.shape[-1],
-        logits.data_ptr(),
-        targets.data_ptr(),
-        losses.data_ptr(),
-        probabilities.data_ptr(),
-    )
-    return losses, probabilities
 
 
 def trees(held: Sequence[Sequence[tuple[Sequence[int], Tensor]]], weights: Tensor, leaf: int) -> tuple[Tensor, ...]:

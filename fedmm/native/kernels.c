@@ -90,82 +90,41 @@ static long *taps(const struct convolution *c, long channels, const long *whole,
 
 /* -- every number format on every instruction set ------------------------------------------------------------------ */
 
-#define JOIN_(f, suffix) f##_##suffix
-#define JOIN(f, suffix) JOIN_(f, suffix)
-#define NAME(f) JOIN(f, SUFFIX)
+/* kernels.inc gives each name the number of its format's bits and its level. */
+#define JOIN_(f, bits, level) f##_f##bits##_##level
+#define JOIN(f, bits, level) JOIN_(f, bits, level)
+#define NAME(f) JOIN(f, BITS, LEVEL)
 
 #if defined(__x86_64__)
 #define LEVELS 3
 
+#define LEVEL 2
+#define VECTOR_BITS 512
 #define ROWS 8
-#define DOUBLES 8
-#define COLUMNS 2
 #define CORRELATED 8
 #define TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")))
-#define REAL float
-#define INTEGER int
-#define EXP expf
-#define LOG logf
-#define LANES 16
-#define SUFFIX f32_2
+#define BITS 32
 #include "kernels.inc"
-#undef REAL
-#undef INTEGER
-#undef EXP
-#undef LOG
-#undef LANES
-#undef SUFFIX
-#define REAL double
-#define INTEGER long long
-#define EXP exp
-#define LOG log
-#define LANES 8
-#define SUFFIX f64_2
+#define BITS 64
 #include "kernels.inc"
-#undef REAL
-#undef INTEGER
-#undef EXP
-#undef LOG
-#undef LANES
-#undef SUFFIX
+#undef LEVEL
+#undef VECTOR_BITS
 #undef ROWS
-#undef DOUBLES
 #undef CORRELATED
 #undef TARGET
 
+#define LEVEL 1
+#define VECTOR_BITS 256
 #define ROWS 6
-#define DOUBLES 4
 #define CORRELATED 4
 #define TARGET __attribute__((target("avx2,fma")))
-#define REAL float
-#define INTEGER int
-#define EXP expf
-#define LOG logf
-#define LANES 8
-#define SUFFIX f32_1
+#define BITS 32
 #include "kernels.inc"
-#undef REAL
-#undef INTEGER
-#undef EXP
-#undef LOG
-#undef LANES
-#undef SUFFIX
-#define REAL double
-#define INTEGER long long
-#define EXP exp
-#define LOG log
-#define LANES 4
-#define SUFFIX f64_1
+#define BITS 64
 #include "kernels.inc"
-#undef REAL
-#undef INTEGER
-#undef EXP
-#undef LOG
-#undef LANES
-#undef SUFFIX
+#undef LEVEL
+#undef VECTOR_BITS
 #undef ROWS
-#undef DOUBLES
-#undef COLUMNS
 #undef CORRELATED
 #undef TARGET
 
@@ -173,30 +132,14 @@ static long *taps(const struct convolution *c, long channels, const long *whole,
 #define LEVELS 1
 #endif
 
+#define LEVEL 0
+#define VECTOR_BITS 128
 #define ROWS 4
-#define DOUBLES 2
-#define COLUMNS 2
 #define CORRELATED 4
 #define TARGET
-#define REAL float
-#define INTEGER int
-#define EXP expf
-#define LOG logf
-#define LANES 4
-#define SUFFIX f32_0
+#define BITS 32
 #include "kernels.inc"
-#undef REAL
-#undef INTEGER
-#undef EXP
-#undef LOG
-#undef LANES
-#undef SUFFIX
-#define REAL double
-#define INTEGER long long
-#define EXP exp
-#define LOG log
-#define LANES 2
-#define SUFFIX f64_0
+#define BITS 64
 #include "kernels.inc"
 
 static int level;

@@ -68,7 +68,7 @@ def hard_slopes(probabilities: Tensor, y: Tensor, weight: Tensor) -> Tensor:
 def soft(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """- sum_c q_c log softmax(o)_c [..., B] of logits and of q, which sums to 1, [..., B, C], and softmax(o)."""
     if _natively(logits):
-        return native.soft_cross_entropy(logits.contiguous(), targets.contiguous())
+        return native.cross_entropy(logits.contiguous(), targets.contiguous())
     total = logits.logsumexp(-1, keepdim=True)
     return total.squeeze(-1) - (targets * logits).sum(-1), (logits - total).exp()
 

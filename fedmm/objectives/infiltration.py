@@ -197,16 +197,6 @@ def _entry(tensor: Tensor, slot: Tensor) -> Tensor:
     return tensor.gather(axis, at).squeeze(axis)
 
 
-def true_class_confidence(logits: Tensors, present: Tensors, y: Tensor) -> Tensor:
-    """sum_i softmax(o^m)_{y_i} of each modality, [..., M], no gradient, over samples with every modality given.
-
-    Restricting to complete samples keeps the ratio rho of two sums over the same samples.
-    """
-    complete = torch.stack([present[m] for m in logits]).all(0)
-    rows = [(true_class(o.detach(), y) - o.detach().logsumexp(-1)).exp() for o in logits.values()]
-    return torch.stack([torch.where(complete, p, 0.0).sum(-1) for p in rows], -1)
-
-
 def pairwise_temperature(
     probabilities: Tensors, present: Tensors, y: Tensor, classes: int, kappa: float, dominant: Tensor
 ) -> Tensor:

@@ -27,8 +27,7 @@ from torch import Tensor
 
 from fedmm.models.blocks import block_of, modality_of
 from fedmm.models.multimodal import MultimodalModel
-from fedmm.objectives.base import Objective, cross_entropy, per_client
-from fedmm.objectives.infiltration import true_class_confidence
+from fedmm.objectives.base import Objective, cross_entropy, per_client, true_class_confidence
 from fedmm.types import Batch, ClientData, Tensors
 
 

@@ -30,8 +30,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fedmm.models.multimodal import MultimodalModel
-from fedmm.objectives.base import Objective, cross_entropy, masked_mean
-from fedmm.objectives.infiltration import true_class_confidence
+from fedmm.objectives.base import Objective, cross_entropy, masked_mean, true_class_confidence
 from fedmm.objectives.prototypes import distance_logits, local_prototypes
 from fedmm.types import Batch, ClientData, Tensors
 

@@ -1,7 +1,7 @@
 """CMSFed / BMSFed: Client-wise (Balanced) Modality Selection (Fan et al., arXiv 2401.00403 v1, v2 = ECCV 2024).
 
 The local half of the method: a prototype cross-entropy lifts the weak modality (the server half, submodular
-selection of clients and modalities, is `server/selection/balanced.py`).
+selection of clients and modalities, is `server/selection/submodular.py`).
 
     l_c^m(x) = - ||h^m(x) - C_c^m||_2          C_c^m: global prototype, the mean feature of class c in modality m
     L_PCE^m  = CE(l^m, y)
@@ -12,6 +12,8 @@ selection of clients and modalities, is `server/selection/balanced.py`).
 Variant v1: L_PCE uses the client's own prototypes (of the received model), and global prototypes align the weak
 modality's features: + beta mean_i ||h^W(x_i) - C_{y_i}^W||_2. `weak: all` puts the term on every modality (the
 FedProto-style control).
+
+Its gradient is written down: dL/dh = sum_c dL/dl_c (h - C_c) / l_c, with dL/dl = weight (softmax(l) - 1[c = y]).
 
 State: prototypes and which of them exist. Messages: prototypes down; per-class feature sums and counts up.
 Differences from the paper: 1e-12 under the root of the alignment; a class without prototype is left out of the
