@@ -15,7 +15,9 @@ from torch import Tensor
 from torch.func import functional_call
 from torch.nn import functional as F
 
+from fedmm import native
 from fedmm.models.multimodal import MultimodalModel, evaluating
+from fedmm.native.centres import add_hits, add_members
 from fedmm.types import ClientData, Outputs, Presence, Tensors
 
 _CHUNK = 512
@@ -90,13 +92,44 @@ class _Encoded:
 
     Attributes:
         clients: Which clients, in a stack.
-        features: float64 [..., M, n, d], finite in rows without the modality.
-        member: 1 for a sample that is of the class and has the modality, float64 [..., M, C, n].
+        features: [..., M, n, d], finite in rows without the modality.
+        y: Labels [..., n].
+        present: bool [..., M, n].
     """
 
     clients: tuple[slice, ...]
     features: Tensor
-    member: Tensor
+    y: Tensor
+    present: Tensor
+
+    @property
+    def natively(self) -> bool:
+        """Whether the kernels can count it: of a stack."""
+        return self.features.dim() > 3 and native.usable(self.features)
+
+    def member(self, classes: int) -> Tensor:
+        """1 for a sample that is of the class and has the modality, float64 [..., M, C, n]."""
+        labels = torch.arange(classes, device=self.y.device).unsqueeze(-1)
+        return ((self.y.unsqueeze(-2) == labels).unsqueeze(-3) & self.present.unsqueeze(-2)).to(torch.float64)
+
+    def add_up(self, total: Tensor, count: Tensor) -> None:
+        """Add to the sums [..., M, C, d] and counts [..., M, C] of classes, float64."""
+        if self.natively:
+            add_members(self.features, self.y, self.present, total, count)
+            return
+        member = self.member(count.shape[-1])
+        total += member @ self.features.to(torch.float64)
+        count += member.sum(-1)
+
+    def add_hits(self, centres: Tensor, count: Tensor, hits: Tensor) -> None:
+        """Add to hits [..., M] the samples that are nearest to their own class's centre, of those with members."""
+        if self.natively:
+            add_hits(self.features, self.y, self.present, centres, count, hits)
+            return
+        # ||h - C||^2 / 2 less what all classes share.
+        offset = torch.where(count > 0, centres.square().sum(-1) / 2, torch.inf).unsqueeze(-1)
+        near = (offset - centres @ self.features.to(torch.float64).mT).min(-2, keepdim=True).indices
+        hits += self.member(count.shape[-1]).gather(-2, near).sum((-2, -1))
 
 
 @torch.no_grad()
@@ -104,7 +137,6 @@ def _encoded(model: MultimodalModel, data: ClientData) -> list[_Encoded]:
     """What the encoders make of all samples, in chunks."""
     real = torch.ones_like(data.y, dtype=torch.bool) if data.real is None else data.real
     masked = [m for m in data.modalities if not torch.equal(data.present[m], real)]
-    classes = torch.arange(data.classes, device=data.y.device).unsqueeze(-1)
     found = list[_Encoded]()
     with evaluating(model):
         for some, rows in _chunks(data):
@@ -119,9 +151,8 @@ def _encoded(model: MultimodalModel, data: ClientData) -> list[_Encoded]:
                     features.append(functional_call(encoder, own, (x,), tie_weights=False))
                 else:
                     features.append(encoder(x))
-            present = torch.stack([data.present[m][at] for m in data.modalities], -2).unsqueeze(-2)
-            member = (data.y[at].unsqueeze(-2) == classes).unsqueeze(-3) & present
-            found.append(_Encoded(some, torch.stack(features, -3).to(torch.float64), member.to(torch.float64)))
+            present = torch.stack([data.present[m][at] for m in data.modalities], -2)
+            found.append(_Encoded(some, torch.stack(features, -3), data.y[at].contiguous(), present))
     return found
 
 
@@ -148,17 +179,13 @@ def prototypes(model: MultimodalModel, data: ClientData) -> Tensors:
         Source: BMSFed, imbalance ratio b_k = acc_1 / acc_2.
     """
     parts, shape = _encoded(model, data), (*data.y.shape[:-1], len(data.modalities), data.classes)
-    total = parts[0].features.new_zeros(*shape, parts[0].features.shape[-1])
+    total = parts[0].features.new_zeros(*shape, parts[0].features.shape[-1], dtype=torch.float64)
     count, hits = total.new_zeros(shape), total.new_zeros(shape[:-1])
     for part in parts:
-        total[part.clients] += part.member @ part.features
-        count[part.clients] += part.member.sum(-1)
+        part.add_up(total[part.clients], count[part.clients])
     centres = total / count.clamp(min=1).unsqueeze(-1)
-    # ||h - C||^2 / 2 less what all classes share.
-    offset = torch.where(count > 0, centres.square().sum(-1) / 2, torch.inf).unsqueeze(-1)
     for part in parts:
-        near = (offset[part.clients] - centres[part.clients] @ part.features.mT).min(-2, keepdim=True).indices
-        hits[part.clients] += part.member.gather(-2, near).sum((-2, -1))
+        part.add_hits(centres[part.clients], count[part.clients], hits[part.clients])
     report: Tensors = {}
     for slot, m in enumerate(data.modalities):
         report[f"prototype_sum.{m}"], report[f"prototype_count.{m}"] = total[..., slot, :, :], count[..., slot, :]

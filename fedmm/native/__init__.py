@@ -42,7 +42,7 @@ def _load() -> ctypes.CDLL | None:
     if library.fedmm_version() != _VERSION:
         return None
     arguments = {"linear": 5, "linear_back": 8, "convolve": 6, "convolve_back": 8, "normalise": 7, "normalise_back": 10}
-    arguments |= {"distances": 5, "pulls": 5}
+    arguments |= {"distances": 5, "pulls": 5, "class_sums": 6, "hits": 7}
     for name, pointers in arguments.items():
         function = getattr(library, f"fedmm_{name}")
         function.argtypes, function.restype = [_INT, *[_POINTER] * pointers], None

@@ -69,3 +69,51 @@ def pulls(features: Tensor, centres: Tensor, factors: Tensor) -> Tensor:
         out.data_ptr(),
     )
     return out
+
+
+def add_members(features: Tensor, labels: Tensor, present: Tensor, sums: Tensor, counts: Tensor) -> None:
+    """Add rows of features to the sums of their classes, and count them; all in one piece.
+
+    Args:
+        features: [K, M, B, d].
+        labels: int64 [K, B].
+        present: bool [K, M, B]: which rows count.
+        sums: float64 [K, M, C, d].
+        counts: float64 [K, M, C].
+    """
+    assert native.library is not None
+    about = _attraction(*features.shape[:3], *sums.shape[2:], 0, 0)
+    native.library.fedmm_class_sums(
+        features.dtype is torch.float64,
+        ctypes.addressof(about),
+        features.data_ptr(),
+        labels.data_ptr(),
+        present.data_ptr(),
+        sums.data_ptr(),
+        counts.data_ptr(),
+    )
+
+
+def add_hits(features: Tensor, labels: Tensor, present: Tensor, centres: Tensor, counts: Tensor, hits: Tensor) -> None:
+    """Add up rows of features that are nearest to the centre of their own class; all in one piece.
+
+    Args:
+        features: [K, M, B, d].
+        labels: int64 [K, B].
+        present: bool [K, M, B]: which rows count.
+        centres: float64 [K, M, C, d].
+        counts: float64 [K, M, C]: members of the classes; who has none has no centre.
+        hits: float64 [K, M].
+    """
+    assert native.library is not None
+    about = _attraction(*features.shape[:3], *centres.shape[2:], 0, 0)
+    native.library.fedmm_hits(
+        features.dtype is torch.float64,
+        ctypes.addressof(about),
+        features.data_ptr(),
+        labels.data_ptr(),
+        present.data_ptr(),
+        centres.data_ptr(),
+        counts.data_ptr(),
+        hits.data_ptr(),
+    )

@@ -226,6 +226,16 @@ void fedmm_pulls(int twice, const struct attraction *d, const void *features, co
     CALL(pulls, twice, d, features, centres, factors, out);
 }
 
+void fedmm_class_sums(int twice, const struct attraction *d, const void *features, const long long *labels,
+                      const unsigned char *present, double *sums, double *counts) {
+    CALL(class_sums, twice, d, features, labels, present, sums, counts);
+}
+
+void fedmm_hits(int twice, const struct attraction *d, const void *features, const long long *labels,
+                const unsigned char *present, const double *centres, const double *counts, double *hits) {
+    CALL(hits, twice, d, features, labels, present, centres, counts, hits);
+}
+
 /* Of `count` tensors, of numbers[i] numbers each, rows [count, span]; what they give lies in `out` one after another. */
 void fedmm_trees(int twice, long count, long span, long leaf, const long *numbers, const void *const *rows,
                  const double *weights, double *out) {

@@ -10,7 +10,7 @@ from fedmm import native
 from fedmm.models.convolution import Geometry, convolve
 from fedmm.models.dense import dense
 from fedmm.models.innermost import group_norm
-from fedmm.native.centres import distances, pulls
+from fedmm.native.centres import add_hits, add_members, distances, pulls
 from fedmm.objectives.base import cross_entropy
 
 pytestmark = pytest.mark.kernels
@@ -235,3 +235,23 @@ def test_distances_to_centres_and_pulls(classes, width, shared, dtype):
     assert float(found[1, 0, 2, 1]) == pytest.approx(-0.1)
     pulled = pulls(h, centres, r)
     assert torch.allclose(pulled, (r.unsqueeze(-1) * apart).sum(-2), rtol=10 * CLOSE[dtype], atol=10 * CLOSE[dtype])
+
+
+@pytest.mark.parametrize(("classes", "width"), [(2, 3), (10, 64), (13, 20)])
+def test_classes_sums_and_nearest_centres(classes, width, dtype):
+    h = draw(3, 2, 40, width, dtype=dtype)
+    generator = torch.Generator().manual_seed(1)
+    y = torch.randint(0, classes, (3, 40), generator=generator)
+    present = torch.rand(3, 2, 40, generator=generator) > 0.3
+    present[1, 1] = False
+    member = ((y.unsqueeze(1).unsqueeze(2) == torch.arange(classes).view(-1, 1)) & present.unsqueeze(2)).double()
+    total, count = torch.ones(3, 2, classes, width, dtype=torch.float64), torch.ones(3, 2, classes, dtype=torch.float64)
+    add_members(h, y, present, total, count)
+    torch.testing.assert_close(total - 1, member @ h.double())
+    assert torch.equal(count - 1, member.sum(-1))
+    centres, count = draw(3, 2, classes, width, dtype=torch.float64, seed=2), member.sum(-1)
+    apart = torch.cdist(h.double(), centres).masked_fill((count == 0).unsqueeze(-2), torch.inf)
+    expected = ((apart.argmin(-1) == y.unsqueeze(1)) & present).sum(-1)
+    hits = torch.zeros(3, 2, dtype=torch.float64)
+    add_hits(h, y, present, centres, count, hits)
+    assert torch.equal(hits, expected.double())
