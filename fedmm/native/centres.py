@@ -24,6 +24,22 @@ def _attraction(*numbers: int) -> _Attraction:
     return _Attraction(*numbers)
 
 
+def _run(kernel: str, features: Tensor, centres: Tensor, *others: Tensor, of_least: int = 0) -> None:
+    """Call a kernel with what it is about, features, and the other tensors in its order.
+
+    Args:
+        kernel: Its name.
+        features: [K, M, B, d], in one piece.
+        centres: [K, M, C, d], each client's in one piece; only for its shape and strides.
+        others: What else it takes.
+        of_least: Numbers of `least` a client apart.
+    """
+    assert native.library is not None
+    about = _attraction(*features.shape[:3], *centres.shape[2:], centres.stride(0), of_least)
+    places = [t.data_ptr() for t in (features, *others)]
+    getattr(native.library, f"fedmm_{kernel}")(features.dtype is torch.float64, ctypes.addressof(about), *places)
+
+
 def distances(features: Tensor, centres: Tensor, least: Tensor) -> Tensor:
     """- ||h - C_c|| of each row of features and each centre, [K, M, B, C], and not nearer than allowed.
 
@@ -32,20 +48,9 @@ def distances(features: Tensor, centres: Tensor, least: Tensor) -> Tensor:
         centres: C [K, M, C, d].
         least: Least squared distance [K, M, 1, 1].
     """
-    assert native.library is not None
-    clients, modalities, rows, width = features.shape
     centres, least = own(centres), own(least)
-    classes = centres.shape[2]
-    out = features.new_empty(clients, modalities, rows, classes)
-    about = _attraction(clients, modalities, rows, classes, width, centres.stride(0), least.stride(0))
-    native.library.fedmm_distances(
-        features.dtype is torch.float64,
-        ctypes.addressof(about),
-        features.data_ptr(),
-        centres.data_ptr(),
-        least.data_ptr(),
-        out.data_ptr(),
-    )
+    out = features.new_empty(*features.shape[:3], centres.shape[2])
+    _run("distances", features, centres, centres, least, out, of_least=least.stride(0))
     return out
 
 
@@ -57,17 +62,8 @@ def pulls(features: Tensor, centres: Tensor, factors: Tensor) -> Tensor:
         centres: C [K, M, C, d].
         factors: r [K, M, B, C], in one piece.
     """
-    assert native.library is not None
     centres, out = own(centres), torch.empty_like(features)
-    about = _attraction(*features.shape[:3], *centres.shape[2:], centres.stride(0), 0)
-    native.library.fedmm_pulls(
-        features.dtype is torch.float64,
-        ctypes.addressof(about),
-        features.data_ptr(),
-        centres.data_ptr(),
-        factors.data_ptr(),
-        out.data_ptr(),
-    )
+    _run("pulls", features, centres, centres, factors, out)
     return out
 
 
@@ -81,17 +77,7 @@ def add_members(features: Tensor, labels: Tensor, present: Tensor, sums: Tensor,
         sums: float64 [K, M, C, d].
         counts: float64 [K, M, C].
     """
-    assert native.library is not None
-    about = _attraction(*features.shape[:3], *sums.shape[2:], 0, 0)
-    native.library.fedmm_class_sums(
-        features.dtype is torch.float64,
-        ctypes.addressof(about),
-        features.data_ptr(),
-        labels.data_ptr(),
-        present.data_ptr(),
-        sums.data_ptr(),
-        counts.data_ptr(),
-    )
+    _run("class_sums", features, sums, labels, present, sums, counts)
 
 
 def add_hits(features: Tensor, labels: Tensor, present: Tensor, centres: Tensor, counts: Tensor, hits: Tensor) -> None:
@@ -105,15 +91,4 @@ def add_hits(features: Tensor, labels: Tensor, present: Tensor, centres: Tensor,
         counts: float64 [K, M, C]: members of the classes; who has none has no centre.
         hits: float64 [K, M].
     """
-    assert native.library is not None
-    about = _attraction(*features.shape[:3], *centres.shape[2:], 0, 0)
-    native.library.fedmm_hits(
-        features.dtype is torch.float64,
-        ctypes.addressof(about),
-        features.data_ptr(),
-        labels.data_ptr(),
-        present.data_ptr(),
-        centres.data_ptr(),
-        counts.data_ptr(),
-        hits.data_ptr(),
-    )
+    _run("hits", features, centres, labels, present, centres, counts, hits)

@@ -59,7 +59,7 @@ def hard(logits: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
 
 def hard_slopes(probabilities: Tensor, y: Tensor, weight: Tensor) -> Tensor:
     """Weight (softmax(o) - 1[c = y]) [..., B, C]: the gradient of weight CE(o, y)."""
-    if _natively(probabilities):
+    if _natively(probabilities, weight):
         return native.cross_entropy_back(probabilities, y.contiguous(), weight.contiguous())
     scaled = probabilities * weight.unsqueeze(-1)
     return scaled.scatter_add_(-1, y.unsqueeze(-1), -weight.unsqueeze(-1))
@@ -67,15 +67,15 @@ def hard_slopes(probabilities: Tensor, y: Tensor, weight: Tensor) -> Tensor:
 
 def soft(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """- sum_c q_c log softmax(o)_c [..., B] of logits and of q, which sums to 1, [..., B, C], and softmax(o)."""
-    if _natively(logits):
+    if _natively(logits, targets):
         return native.cross_entropy(logits.contiguous(), targets.contiguous())
     total = logits.logsumexp(-1, keepdim=True)
     return total.squeeze(-1) - (targets * logits).sum(-1), (logits - total).exp()
 
 
-def _natively(logits: Tensor) -> bool:
-    """Whether the kernels shall do it: for stacks of clients, [K, M, B, C]."""
-    return logits.dim() > 3 and logits.shape[-1] < FEW_CLASSES and native.usable(logits)
+def _natively(logits: Tensor, *others: Tensor) -> bool:
+    """Whether the kernels shall do it: for stacks of clients, [K, M, B, C], in one number format."""
+    return logits.dim() > 3 and logits.shape[-1] < FEW_CLASSES and native.usable(logits, *others)
 
 
 def softmax(logits: Tensor) -> Tensor:

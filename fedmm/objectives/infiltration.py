@@ -87,7 +87,7 @@ class Infiltration(Objective):
         if bool(warm.any()):
             logits = own_logits(model, data)
         else:
-            logits = {m: torch.zeros(*data.y.shape, data.classes, device=data.y.device) for m in names}
+            logits = {m: data.x[m].new_zeros(*data.y.shape, data.classes) for m in names}
         some = logits[names[0]]
         state["cmi_weight"] = warm.to(some.dtype) * self.lambda_cmi
         state["sample.teacher"] = torch.stack([logits[m] for m in names], -2)

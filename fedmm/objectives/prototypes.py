@@ -80,7 +80,7 @@ class Prototypes(Objective):
             state[f"{kind}_known"] = torch.stack([source[f"prototype_count.{m}"] > 0 for m in names], -2)
         attracting = "local" if self.variant == "v1" else "global"
         known = state[f"{attracting}_known"]
-        # Global prototypes are the same for all clients, and so is what their state consists of.
+        # What the state consists of must not differ between clients either.
         if local or not bool(known.all()):
             state["known"] = known
         state |= _centres(state[attracting], known)
@@ -185,7 +185,7 @@ def _centres(prototypes: Tensor, known: Tensor) -> Tensors:
 
 def _distances(h: Tensor, state: Tensors) -> Tensor:
     """-||h - C_c||_2 of features [..., M, B, d], [..., M, B, C]."""
-    if _natively(h):
+    if _natively(h, state["centres"], state["least"]):
         return distances(h, state["centres"], state["least"])
     h, c = h - state["middle"], state["centres"] - state["middle"]
     length, reach = (torch.linalg.vector_norm(t, dim=-1) for t in (h, c))
@@ -195,14 +195,14 @@ def _distances(h: Tensor, state: Tensors) -> Tensor:
 
 def _pulls(h: Tensor, state: Tensors, r: Tensor) -> Tensor:
     """sum_c r_c (h - C_c) [..., M, B, d] for factors [..., M, B, C]."""
-    if _natively(h):
+    if _natively(h, state["centres"], r):
         return pulls(h, state["centres"], r)
     h, c = h - state["middle"], state["centres"] - state["middle"]
     return r.sum(-1, keepdim=True) * h - r @ c
 
 
-def _natively(h: Tensor) -> bool:
-    return h.dim() > 3 and native.usable(h)
+def _natively(h: Tensor, *others: Tensor) -> bool:
+    return h.dim() > 3 and native.usable(h, *others)
 
 
 def weak_modality(truth: Tensor, votes: Tensor) -> Tensor:

@@ -35,6 +35,15 @@ def test_distributions(shape):
     assert torch.allclose(p, logits.softmax(-1))
 
 
+def test_number_formats_may_differ():
+    """Kernels read memory as one format: what is of another must not reach them."""
+    logits, q, y = draw((3, 2, 6, 10), 0), draw((3, 2, 6, 10), 1).softmax(-1), torch.zeros(3, 2, 6, dtype=torch.int64)
+    assert torch.allclose(soft(logits, q.float())[0], soft(logits, q)[0], atol=1e-5)
+    weight = draw((3, 2, 6), 2)
+    p = hard(logits, y)[1]
+    assert torch.allclose(hard_slopes(p.float(), y, weight).double(), hard_slopes(p, y, weight), atol=1e-5)
+
+
 @pytest.mark.parametrize("leading", [(), (3,)])
 def test_a_value_has_the_gradients_that_it_was_given(leading):
     inputs = [[draw((*leading, 4, 5), 10 * i + j).requires_grad_() for j in range(2)] for i in range(2)]
